@@ -1,0 +1,1 @@
+"""Data: annotation files and Hub sets -> one schema, class labels, augmentation, batches."""
