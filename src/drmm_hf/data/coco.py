@@ -1,8 +1,8 @@
 """COCO annotation files and `datasets` sources -> one `datasets.Dataset` schema, and back to a COCO folder.
 
 Every loader returns a dataset with `FEATURES`: category ids, annotation ids, crowd flags and areas as they stand in
-the source, boxes as (x, y, width, height) in pixels of the original picture, pictures decoded on access. The categories
-travel as json in `dataset.info.description`, which the operations of `datasets` (select, filter, map, save_to_disk, ...)
+the source, boxes as (x, y, width, height) in pixels of the original picture, pictures decoded on access. Categories
+travel as json in `dataset.info.description`, which the operations of `datasets` (select, filter, map, save_to_disk)
 keep; read them with `categories(dataset)`.
 """
 
@@ -21,6 +21,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, List, Value
 from PIL import ExifTags, Image
+
 
 logger = logging.getLogger(__name__)
 
