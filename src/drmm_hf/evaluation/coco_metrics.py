@@ -1,0 +1,194 @@
+"""COCO's average precision and recall, computed by pycocotools against untouched annotations."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from drmm_hf.data.coco import categories
+
+
+if TYPE_CHECKING:
+    import datasets
+    from pycocotools.cocoeval import COCOeval
+
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def ground_truth(dataset: datasets.Dataset) -> dict[str, Any]:
+    """Build the annotations of a dataset that has no annotation file.
+
+    Args:
+        dataset (`datasets.Dataset`): A dataset in the canonical schema of `drmm_hf.data.coco`.
+
+    Returns:
+        `dict`: `images`, `annotations` (crowds, areas and category ids as the dataset has them) and `categories`, as
+        in a COCO json file.
+    """
+    columns = ["image_id", "file_name", "width", "height", "objects"]
+    rows = list(dataset.select_columns(columns))
+    images = [
+        {"id": row["image_id"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
+        for row in rows
+    ]
+    annotations = [{**record, "image_id": row["image_id"]} for row in rows for record in row["objects"]]
+    return {"images": images, "annotations": annotations, "categories": categories(dataset)}
+
+
+def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return annotations in COCO's form.
+
+    Args:
+        source (`str`, `Path` or `Mapping`): A COCO json file, or what it holds.
+
+    Returns:
+        `Mapping`: With `images`, `annotations` and `categories`.
+
+    Raises:
+        ValueError: If one of the three is missing.
+    """
+    content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+    missing = {"images", "annotations", "categories"} - set(content)
+    if missing:
+        name = "annotations" if isinstance(source, Mapping) else str(source)
+        raise ValueError(f"{name} has no {', '.join(sorted(missing))}; a COCO file has all three.")
+    return content
+
+
+def coco_evaluation(source: str | Path | Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> COCOeval:
+    """Prepare pycocotools' evaluation of boxes, without a word on stdout and without changing its arguments.
+
+    Annotations are numbered anew from 1, since pycocotools takes a match with annotation 0 for no match. A missing
+    `area` is the area of the box and a missing `iscrowd` is 0. An empty list of detections is allowed.
+
+    Args:
+        source (`str`, `Path` or `Mapping`): Annotations, see `load_annotations`.
+        detections (`Sequence[Mapping]`): COCO results with `image_id`, `category_id`, `bbox` (xywh pixels), `score`.
+
+    Returns:
+        `COCOeval`: Not yet run. The detection at position `i` has the id `i + 1`.
+
+    Raises:
+        ValueError: If a detection belongs to a picture or a category that the annotations do not have.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    content = load_annotations(source)
+    for key, known in (("image_id", content["images"]), ("category_id", content["categories"])):
+        unknown = {entry[key] for entry in detections} - {record["id"] for record in known}
+        if unknown:
+            raise ValueError(
+                f"detections have {key} {first_few(sorted(unknown))}, which the annotations do not have: "
+                f"they hold {len(known)} of them, such as {first_few(record['id'] for record in known)}."
+            )
+    annotations = [
+        {**record, "id": index, "area": _area(record), "iscrowd": int(record.get("iscrowd") or 0)}
+        for index, record in enumerate(content["annotations"], start=1)
+    ]
+    results = [
+        {
+            **{key: entry[key] for key in ("image_id", "category_id", "bbox", "score")},
+            "id": index,
+            "area": entry["bbox"][2] * entry["bbox"][3],
+            "iscrowd": 0,
+        }
+        for index, entry in enumerate(detections, start=1)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        indices = []
+        for records in (annotations, results):
+            index = COCO()
+            index.dataset = {
+                "images": list(content["images"]),
+                "annotations": records,
+                "categories": list(content["categories"]),
+            }
+            index.createIndex()
+            indices.append(index)
+        return COCOeval(*indices, iouType="bbox")
+
+
+def run_quietly(evaluation: COCOeval, description: str) -> None:
+    """Run pycocotools' matching with a progress bar in place of its own lines.
+
+    Args:
+        evaluation (`COCOeval`): From `coco_evaluation`; `evaluation.evalImgs` is filled.
+        description (`str`): What the bar says. It shows after two seconds only.
+    """
+    match = evaluation.evaluateImg
+    params = evaluation.params
+    total = len(set(params.imgIds)) * len(set(params.catIds)) * len(params.areaRng)
+    with tqdm(total=total, desc=description, delay=2, leave=False) as bar, contextlib.redirect_stdout(io.StringIO()):
+
+        def match_and_count(*arguments: Any) -> Any:
+            bar.update()
+            return match(*arguments)
+
+        evaluation.evaluateImg = match_and_count
+        evaluation.evaluate()
+    evaluation.evaluateImg = match
+
+
+def coco_metrics(
+    annotation_source: str | Path | Mapping[str, Any], detections_coco: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Compute COCO's twelve figures and the AP of each class.
+
+    Args:
+        annotation_source (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds; `ground_truth`
+            makes it from a dataset without a file.
+        detections_coco (`Sequence[Mapping]`): COCO results.
+
+    Returns:
+        `dict`: `AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl` and `AP_per_class` (name to AP), all as
+        fractions. A figure that no ground truth takes part in, such as `APs` without small objects, is None.
+    """
+    evaluation = coco_evaluation(annotation_source, detections_coco)
+    run_quietly(evaluation, "computing AP")
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics: dict[str, Any] = {
+        name: _fraction(value) for name, value in zip(METRIC_NAMES, evaluation.stats, strict=True)
+    }
+    # (IoU thresholds, recalls, classes) of all areas and at most 100 detections
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    names = {record["id"]: record["name"] for record in evaluation.cocoGt.dataset["categories"]}
+    metrics["AP_per_class"] = {
+        names[category_id]: _fraction(precision[:, :, index].mean())
+        for index, category_id in enumerate(evaluation.params.catIds)
+    }
+    return metrics
+
+
+def first_few(values: Iterable[Any], count: int = 5) -> str:
+    """Name the first few of many values, for a message.
+
+    Args:
+        values (`Iterable`): What to name.
+        count (`int`): How many of them.
+
+    Returns:
+        `str`: The names, and an ellipsis if there are more.
+    """
+    values = list(values)
+    return ", ".join(map(str, values[:count])) + (", ..." if len(values) > count else "")
+
+
+def _fraction(value: float) -> float | None:
+    """Return a figure of pycocotools, whose -1 means that no ground truth takes part."""
+    return None if value < 0 else float(value)
+
+
+def _area(record: Mapping[str, Any]) -> float:
+    """Return the area of an annotation, of its box if it names none."""
+    area = record.get("area")
+    return float(np.prod(record["bbox"][2:])) if area is None else area

@@ -1,0 +1,123 @@
+"""Run any transformers object detector over pictures."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .detections import Detections
+
+
+# How many batches of pictures may wait for others of their size: more cost memory, fewer leave batches unfilled.
+_WAITING_BATCHES = 4
+
+
+@torch.no_grad()
+def predict(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: Iterable[Mapping[str, Any]],
+    batch_size: int = 1,
+    device: str | torch.device | None = None,
+    top_k: int = 100,
+    progress: bool = True,
+) -> Detections:
+    """Find the objects in every picture of a dataset.
+
+    Each picture is processed alone, and only pictures of equal processed size share a batch: nothing is padded for the
+    sake of a batch, so the figures do not depend on `batch_size` (beyond rounding).
+
+    Args:
+        model (`torch.nn.Module`): A transformers object detector: its output feeds the processor's
+            `post_process_object_detection`.
+        processor (`Any`): The image processor of the model.
+        dataset (`Iterable[Mapping]`): Rows with `image_id` and a PIL `image`, such as a canonical dataset. A row whose
+            `image_id` was seen before is left out, so repeated pictures of a distributed sampler count once.
+        batch_size (`int`): Largest number of pictures in a batch.
+        device (`str` or `torch.device`, *optional*): Where to run; the model is moved there. By default where it is.
+        top_k (`int`): Number of detections kept a picture, over all classes, without a threshold.
+        progress (`bool`): Whether to show a progress bar. It shows after two seconds only.
+
+    Returns:
+        `Detections`: One result a picture, in the order of the dataset, boxes in pixels of the original picture.
+
+    Raises:
+        ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections, or if a
+            result is not finite.
+    """
+    for name, value in (("batch_size", batch_size), ("top_k", top_k)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; the rule is at least 1.")
+    if not hasattr(processor, "post_process_object_detection"):
+        raise ValueError(f"processor is a {type(processor).__name__}, which has no post_process_object_detection.")
+    if device is not None:
+        model.to(device)
+    was_training = model.training
+    model.eval()
+
+    waiting: dict[tuple[int, ...], list[tuple[int, tuple[int, int], Mapping[str, torch.Tensor]]]] = defaultdict(list)
+    results: dict[int, Mapping[str, Any] | None] = {}
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+
+    def flush(size: tuple[int, ...]) -> None:
+        """Run the pictures of one size."""
+        image_ids, target_sizes, inputs = zip(*waiting.pop(size), strict=True)
+        results.update(zip(image_ids, _detect(model, processor, inputs, target_sizes, top_k), strict=True))
+        bar.update(len(image_ids))
+
+    try:
+        with tqdm(total=total, desc="predicting", unit="image", delay=2, disable=not progress, leave=False) as bar:
+            for row in dataset:
+                image_id = int(row["image_id"])
+                if image_id in results:
+                    bar.update()
+                    continue
+                results[image_id] = None  # keeps the order of the dataset
+                image = row["image"].convert("RGB")
+                inputs = processor(images=[image], return_tensors="pt")
+                inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
+                size = tuple(inputs["pixel_values"].shape)
+                waiting[size].append((image_id, (image.height, image.width), inputs))
+                if len(waiting[size]) == batch_size:
+                    flush(size)
+                elif sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
+                    flush(next(iter(waiting)))  # the size that waits longest
+            for size in list(waiting):
+                flush(size)
+    finally:
+        model.train(was_training)
+
+    detections = Detections()
+    for image_id, result in results.items():
+        detections.add(image_id, result)
+    return detections.top_k(top_k)
+
+
+def _detect(
+    model: torch.nn.Module,
+    processor: Any,
+    inputs: Iterable[Mapping[str, torch.Tensor]],
+    target_sizes: Iterable[tuple[int, int]],
+    top_k: int,
+) -> list[Mapping[str, Any]]:
+    """Run one batch and return the processor's result of each picture, on the CPU."""
+    parameter = next(model.parameters())
+    batch = {name: torch.cat([entry[name] for entry in inputs]).to(parameter.device) for name in inputs[0]}
+    batch["pixel_values"] = batch["pixel_values"].to(parameter.dtype)
+    outputs = model(**batch)
+    for name in ("logits", "pred_boxes"):  # half precision cannot name a pixel of a large picture
+        outputs[name] = outputs[name].float()
+
+    # Processors keep what lies strictly above the threshold: -1 keeps scores of exactly 0 too.
+    options = {"threshold": -1.0, "target_sizes": torch.tensor(target_sizes)}
+    if "top_k" in inspect.signature(processor.post_process_object_detection).parameters:
+        options["top_k"] = top_k
+    results = processor.post_process_object_detection(outputs, **options)
+    return [
+        {name: value.cpu() for name, value in result.items() if isinstance(value, torch.Tensor)} for result in results
+    ]

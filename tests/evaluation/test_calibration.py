@@ -1,0 +1,160 @@
+"""Calibration: matching and error against plain Python, and the properties that define them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from drmm_hf.evaluation.calibration import calibration, expected_calibration_error, match_predictions
+
+
+SCORES = hnp.arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 1))
+
+
+def overlap(detection, truth, crowd):
+    """Return intersection over union, over the detection alone for a crowd."""
+    x0, y0, w0, h0 = detection
+    x1, y1, w1, h1 = truth
+    width = min(x0 + w0, x1 + w1) - max(x0, x1)
+    height = min(y0 + h0, y1 + h1) - max(y0, y1)
+    area = width * height if width > 0 and height > 0 else 0.0
+    return area / (w0 * h0 if crowd else w0 * h0 + w1 * h1 - area)
+
+
+def oracle_matches(truth, detections, top_k, threshold=0.5):
+    """Return the sorted (score, correct) pairs: COCO's greedy rule in plain Python."""
+    pairs = []
+    for image in truth["images"]:
+        mine = sorted((d for d in detections if d["image_id"] == image["id"]), key=lambda d: -d["score"])[:top_k]
+        free = {i: t for i, t in enumerate(truth["annotations"]) if t["image_id"] == image["id"]}
+        for detection in mine:
+            same = {i: t for i, t in free.items() if t["category_id"] == detection["category_id"]}
+            ious = {i: overlap(detection["bbox"], t["bbox"], t["iscrowd"]) for i, t in same.items()}
+            objects = [i for i in ious if not same[i]["iscrowd"] and ious[i] >= threshold]
+            crowds = [i for i in ious if same[i]["iscrowd"] and ious[i] >= threshold]
+            if objects:
+                del free[max(objects, key=ious.get)]
+                pairs.append((detection["score"], True))
+            elif not crowds:
+                pairs.append((detection["score"], False))
+    return sorted(pairs)
+
+
+def oracle_error(pairs, num_bins, min_score=None):
+    """Return Eq. (9) with one loop over the bins."""
+    if min_score is not None:
+        pairs = [pair for pair in pairs if pair[0] > min_score]
+    error = 0.0
+    for index in range(num_bins):
+        low, high = index / num_bins, (index + 1) / num_bins
+        inside = [pair for pair in pairs if low < pair[0] <= high or (index == 0 and pair[0] == 0)]
+        if inside:
+            confidence = sum(score for score, _ in inside) / len(inside)
+            accuracy = sum(correct for _, correct in inside) / len(inside)
+            error += len(inside) / len(pairs) * abs(accuracy - confidence)
+    return error
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10_000), top_k=st.sampled_from([1, 3, 8, 100]))
+def test_matching_and_error_agree_with_plain_python(scene, seed, top_k):
+    truth, detections = scene(seed)
+    expected = oracle_matches(truth, detections, top_k)
+    scores, correct = match_predictions(truth, detections, top_k=top_k)
+    assert sorted(zip(scores.tolist(), correct.tolist(), strict=True)) == expected
+    for min_score in (0.0, 0.1, 0.37):
+        above = [pair for pair in expected if pair[0] > min_score]
+        ece = calibration(truth, detections, top_k=top_k, min_score=min_score).ece
+        assert ece == pytest.approx(oracle_error(above, 10)) if above else np.isnan(ece)
+
+
+def one_object(*scores_and_boxes, crowd=0, area=100.0, category_id=1):
+    truth = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [
+            {"id": 0, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": area, "iscrowd": crowd}
+        ],
+    }
+    detections = [
+        {"image_id": 1, "category_id": category_id, "bbox": box, "score": score} for score, box in scores_and_boxes
+    ]
+    return match_predictions(truth, detections)
+
+
+def test_duplicates_are_wrong_and_the_best_score_takes_the_object():
+    scores, correct = one_object((0.3, [0, 0, 10, 10]), (0.8, [0, 0, 10, 9]))
+    assert dict(zip(scores.tolist(), correct.tolist(), strict=True)) == {0.3: False, 0.8: True}
+
+
+def test_iou_of_exactly_one_half_is_correct():
+    assert one_object((0.5, [0, 0, 10, 5]))[1].tolist() == [True]
+    assert one_object((0.5, [0, 0, 10, 4.99]))[1].tolist() == [False]
+
+
+def test_class_and_crowd_and_size():
+    assert one_object((0.5, [0, 0, 10, 10]), category_id=2)[1].tolist() == [False]
+    assert one_object((0.5, [0, 0, 10, 10]), crowd=1)[1].tolist() == []
+    assert one_object((0.5, [0, 0, 10, 10]), area=1e12)[1].tolist() == [True]
+
+
+def test_top_k_counts_over_all_classes_of_a_picture(scene):
+    truth, _ = scene(0, num_images=2, num_classes=2)
+    detections = [
+        {"image_id": image["id"], "category_id": category["id"], "bbox": [0, 0, 1, 1], "score": score / 1000}
+        for image in truth["images"]
+        for category in truth["categories"]
+        for score in range(80)
+    ]
+    scores, _ = match_predictions(truth | {"annotations": []}, detections)
+    assert len(scores) == 200  # 100 a picture, not 80 a class
+    assert scores.min() == pytest.approx(0.030)
+
+
+@settings(max_examples=100)
+@given(scores=SCORES, data=st.data(), num_bins=st.integers(1, 20))
+def test_error_lies_in_the_unit_interval_and_forgets_the_order(scores, data, num_bins):
+    correct = data.draw(hnp.arrays(bool, len(scores)))
+    order = np.array(data.draw(st.permutations(range(len(scores)))))
+    result = expected_calibration_error(scores, correct, num_bins)
+    shuffled = expected_calibration_error(scores[order], correct[order], num_bins)
+    assert 0 <= result.ece <= 1
+    assert result.ece == pytest.approx(shuffled.ece, abs=1e-12)
+    assert result.bin_count.sum() == len(scores)
+    assert result.ece == pytest.approx(oracle_error(list(zip(scores, correct, strict=True)), num_bins), abs=1e-12)
+
+
+@settings(max_examples=50)
+@given(hits=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=10))
+def test_perfect_calibration_has_no_error(hits):
+    """Groups of n predictions with score k / n of which k are right."""
+    scores, correct = [], []
+    for n, k in hits:
+        k = min(k, n)
+        scores += [k / n] * n
+        correct += [True] * k + [False] * (n - k)
+    assert expected_calibration_error(scores, correct).ece == pytest.approx(0, abs=1e-12)
+
+
+def test_bins_are_open_below_and_closed_above():
+    edges = np.arange(11) / 10
+    result = expected_calibration_error(edges, np.ones(11))
+    assert result.bin_count.tolist() == [2] + [1] * 9  # 0 and 0.1 in the first, 1 in the last
+    assert result.bin_edges.tolist() == edges.tolist()
+    assert result.bin_confidence.tolist() == pytest.approx([0.05, *edges[2:]])
+
+
+def test_no_prediction_has_no_error_and_says_so(scene):
+    result = expected_calibration_error(np.array([0.05, 0.1]), np.array([True, False]), min_score=0.1)
+    assert np.isnan(result.ece) and result.to_dict()["ece"] is None and result.to_dict()["bin_accuracy"] == [None] * 10
+    assert np.isnan(calibration(scene(1)[0], []).ece)
+
+
+def test_scores_of_exactly_zero_count_without_a_threshold():
+    assert expected_calibration_error(np.zeros(4), np.array([1, 0, 0, 0])).ece == pytest.approx(0.25)
+
+
+def test_scores_that_are_no_confidences_are_refused():
+    with pytest.raises(ValueError, match=r"1.5; confidences lie in \[0, 1\]"):
+        expected_calibration_error(np.array([0.2, 1.5]), np.array([True, True]))

@@ -1,0 +1,178 @@
+"""COCO metrics: hand-made sets with known answers, and an independent AP50."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drmm_hf.data.coco import canonical_dataset
+from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics, ground_truth
+
+
+def as_detections(annotations, score=0.9):
+    return [
+        {**{key: record[key] for key in ("image_id", "category_id", "bbox")}, "score": score} for record in annotations
+    ]
+
+
+def iou_xywh(first, second):
+    """Return the IoU of two xywh boxes, written out."""
+    width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
+    height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
+    overlap = max(width, 0.0) * max(height, 0.0)
+    return overlap / (first[2] * first[3] + second[2] * second[3] - overlap)
+
+
+def oracle_average_precision(truth, detections, category_id, threshold=0.5):
+    """Return AP of one class without crowds: greedy matching, 101 recall points, written without pycocotools."""
+    objects = {}
+    for record in truth["annotations"]:
+        if record["category_id"] == category_id:
+            objects.setdefault(record["image_id"], []).append({"bbox": record["bbox"], "free": True})
+    num_objects = sum(map(len, objects.values()))
+    if num_objects == 0:
+        return None
+    hits = []
+    mine = [entry for entry in detections if entry["category_id"] == category_id]
+    for entry in sorted(mine, key=lambda entry: -entry["score"]):
+        free = [one for one in objects.get(entry["image_id"], []) if one["free"]]
+        best = max(free, key=lambda one: iou_xywh(one["bbox"], entry["bbox"]), default=None)
+        hit = best is not None and iou_xywh(best["bbox"], entry["bbox"]) >= threshold
+        if hit:
+            best["free"] = False
+        hits.append(hit)
+    true_positives = np.cumsum(hits)
+    recall = true_positives / num_objects
+    precision = true_positives / np.arange(1, len(hits) + 1)
+    points = [precision[recall >= r].max(initial=0.0) for r in np.linspace(0, 1, 101)]
+    return float(np.mean(points))
+
+
+def test_perfect_detections_have_ap_one(scene):
+    truth, _ = scene(1, crowds=False)
+    metrics = coco_metrics(truth, as_detections(truth["annotations"]))
+    for name in ("AP", "AP50", "AP75", "AR100"):
+        assert metrics[name] == pytest.approx(1.0)
+
+
+def test_no_detections_have_ap_zero(scene):
+    truth, _ = scene(1, crowds=False)
+    metrics = coco_metrics(truth, [])
+    assert metrics["AP"] == 0.0 and metrics["AR100"] == 0.0
+
+
+def test_wrong_classes_and_duplicates_lower_ap(scene):
+    truth, _ = scene(4, crowds=False)
+    perfect = as_detections(truth["annotations"], score=0.5)
+    shifted = as_detections(truth["annotations"], score=0.9)
+    for entry in shifted:
+        entry["category_id"] = truth["categories"][0]["id"]
+    assert coco_metrics(truth, perfect + as_detections(truth["annotations"], 0.4))["AP"] == pytest.approx(1.0)
+    assert coco_metrics(truth, perfect + shifted)["AP"] < 0.9
+    worse = [entry | {"score": 0.9 - 0.01 * index} for index, entry in enumerate(perfect)]
+    duplicated = [copy_of | {"score": copy_of["score"] - 0.001} for copy_of in worse]
+    assert coco_metrics(truth, worse + duplicated)["AP"] < 0.95
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_ap50_of_each_class_agrees_with_an_independent_count(scene, seed):
+    truth, detections = scene(seed, num_classes=1, crowds=False)
+    expected = oracle_average_precision(truth, detections, truth["categories"][0]["id"])
+    value = coco_metrics(truth, detections)["AP50"]
+    assert value == (None if expected is None else pytest.approx(expected, abs=1e-9))
+
+
+def test_ap_per_class_averages_to_ap(scene):
+    truth, detections = scene(8, num_images=5)
+    metrics = coco_metrics(truth, detections)
+    values = [value for value in metrics["AP_per_class"].values() if value is not None]
+    assert set(metrics["AP_per_class"]) == {record["name"] for record in truth["categories"]}
+    assert np.mean(values) == pytest.approx(metrics["AP"])
+    assert 0 < metrics["AP"] < 1
+
+
+def test_a_crowd_forgives_detections_upon_it():
+    truth = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [50, 50, 40, 40], "area": 1600, "iscrowd": 1},
+        ],
+    }
+    on_crowd = {"image_id": 1, "category_id": 1, "bbox": [60, 60, 10, 10], "score": 0.9}
+    right = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.5}
+    assert coco_metrics(truth, [on_crowd, right])["AP"] == pytest.approx(1.0)
+    truth["annotations"][1]["iscrowd"] = 0
+    assert coco_metrics(truth, [on_crowd, right])["AP"] < 0.3
+
+
+def test_areas_come_from_the_annotations():
+    """A mask's area, not its box's, decides between small and large; without any small object APs is not defined."""
+    truth = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 200, 200], "area": 900.0, "iscrowd": 0}
+        ],
+    }
+    detection = as_detections(truth["annotations"])
+    metrics = coco_metrics(truth, detection)
+    assert metrics["APs"] == pytest.approx(1.0) and metrics["APl"] is None
+    del truth["annotations"][0]["area"]
+    assert coco_metrics(truth, detection)["APl"] == pytest.approx(1.0)
+
+
+def test_annotation_ids_play_no_part(scene):
+    truth, detections = scene(12)
+    renumbered = copy.deepcopy(truth)
+    for index, record in enumerate(renumbered["annotations"]):
+        record["id"] = 1000 - index
+    assert coco_metrics(truth, detections) == coco_metrics(renumbered, detections)
+
+
+def test_arguments_stay_as_they_are_and_stdout_stays_silent(scene, tmp_path, capsys):
+    truth, detections = scene(3)
+    before = copy.deepcopy((truth, detections))
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(truth))
+    from_file = coco_metrics(path, detections)
+    assert from_file == coco_metrics(truth, detections)
+    assert (truth, detections) == before
+    assert capsys.readouterr().out == ""
+    assert set(METRIC_NAMES) < set(from_file)
+
+
+def test_unknown_pictures_and_categories_are_errors(scene):
+    truth, detections = scene(3)
+    with pytest.raises(ValueError, match="image_id 999, which the annotations do not have"):
+        coco_metrics(truth, [detections[0] | {"image_id": 999}])
+    with pytest.raises(ValueError, match="category_id 1, which the annotations do not have"):
+        coco_metrics(truth, [detections[0] | {"category_id": 1}])
+    with pytest.raises(ValueError, match="annotations has no categories"):
+        coco_metrics({"images": [], "annotations": []}, [])
+
+
+def test_ground_truth_of_a_dataset_is_its_annotation_file(scene):
+    truth, detections = scene(6)
+    rows = [
+        {
+            **{key: image[key] for key in ("file_name", "width", "height")},
+            "image_id": image["id"],
+            "image": None,
+            "objects": [
+                {key: record[key] for key in ("id", "category_id", "bbox", "area", "iscrowd")}
+                for record in truth["annotations"]
+                if record["image_id"] == image["id"]
+            ],
+        }
+        for image in truth["images"]
+    ]
+    rebuilt = ground_truth(canonical_dataset(rows, truth["categories"]))
+    assert rebuilt["categories"] == truth["categories"] and rebuilt["images"] == truth["images"]
+    assert sorted(rebuilt["annotations"], key=lambda record: record["id"]) == truth["annotations"]
+    assert coco_metrics(rebuilt, detections) == coco_metrics(truth, detections)
