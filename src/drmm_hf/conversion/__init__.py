@@ -1,0 +1,1 @@
+"""Conversion of public checkpoints and pretrained backbones to this package's names."""

@@ -1,0 +1,245 @@
+"""Configuration of D-RMM: every number of the architecture and the objective, typed, validated and documented."""
+
+import difflib
+from dataclasses import fields
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import auto_docstring
+
+
+# What a saved config.json or the library itself may pass besides the fields below.
+_LIBRARY_KEYWORDS = {
+    "num_labels",
+    "name_or_path",
+    "torch_dtype",
+    "model_type",
+    "auto_map",
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "quantization_config",
+    "tie_word_embeddings",
+    "_commit_hash",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+}
+
+
+@auto_docstring(checkpoint="drmm-hf/drmm-sparse-rcnn-r50")
+@strict
+class DrmmConfig(PreTrainedConfig):
+    r"""
+    decoder_type (`str`, *optional*, defaults to `"sparse_rcnn"`):
+        Structure of a decoder stage. `"sparse_rcnn"`: RoI pooling, self-attention, dynamic convolution.
+    neck_type (`str`, *optional*, defaults to `"fpn"`):
+        What turns the backbone's four maps into maps of `hidden_size` channels. `"fpn"`: feature pyramid network.
+    head_type (`str`, *optional*, defaults to `"mixture"`):
+        What a stage predicts. `"mixture"`: box, scale, objectness and class of a mixture component (Figure 4).
+    criterion (`str`, *optional*, defaults to `"nll_mcm"`):
+        Training objective. `"nll_mcm"`: Eq. 4-8.
+    num_queries (`int`, *optional*, defaults to 300):
+        Number K of mixture components, one a query.
+    num_stages (`int`, *optional*, defaults to 6):
+        Number of refinement stages of the decoder.
+    hidden_size (`int`, *optional*, defaults to 256):
+        Channels of the pyramid maps and of the query features.
+    dynamic_size (`int`, *optional*, defaults to 64):
+        Inner channels of the dynamic convolution (Sparse R-CNN's `dynamic_feat_channels`).
+    proposal_grid (`list[int]` or `None`, *optional*, defaults to `[15, 20]`):
+        Rows and columns of the initial query boxes; their product must be `num_queries`. `None` starts every query
+        from the whole picture, as Sparse R-CNN does.
+    proposal_size (`float`, *optional*, defaults to 0.5):
+        Width and height of the initial grid boxes, as a fraction of the picture.
+    roi_size (`int`, *optional*, defaults to 7):
+        Bins along each side of a pooled region.
+    roi_sampling_ratio (`int`, *optional*, defaults to 2):
+        Samples along each side of a bin.
+    roi_level_base (`float`, *optional*, defaults to 56):
+        Side length in pixels from which on regions leave the finest map.
+    num_class_layers (`int`, *optional*, defaults to 1):
+        Linear layers of the branch before class and objectness.
+    num_box_layers (`int`, *optional*, defaults to 3):
+        Linear layers of the branch before box and scale.
+    box_delta_unit (`str`, *optional*, defaults to `"pixels"`):
+        Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's; `"box"` measures
+        them in sides of the stage's input box, which trains faster on little data.
+    box_delta_factor (`float`, *optional*, defaults to 0.5):
+        With `box_delta_unit="box"`: mu = box + delta * factor * side.
+    box_scale_factor (`float`, *optional*, defaults to 0.1):
+        With `box_delta_unit="box"`: gamma = softplus(raw) * factor * side.
+    top_k_ratio (`float` or `None`, *optional*):
+        Share of the queries kept after every stage, by objectness (Appendix C.2). `None` keeps all.
+    top_k_last_stage (`bool`, *optional*, defaults to `True`):
+        Select after the last stage too, as the public code does; the paper selects between stages only.
+    mcm_weight (`float`, *optional*, defaults to 0.5):
+        Weight beta of the maximum-component-maximisation term.
+    mcm_stop_gradient (`list[str]`, *optional*, defaults to `["F"]`):
+        Factors of the MCM likelihood that pass no gradient: any of "pi", "F", "P" (Table 7).
+    min_scale_ratio (`float`, *optional*, defaults to 0.04):
+        Floor of gamma as a fraction of the predicted box's sides. An addition of the public code; 0 is the paper.
+    likelihood_epsilon (`float`, *optional*, defaults to 1e-12):
+        Added to likelihoods before the logarithm. An addition of the public code; 0 is the paper.
+    coordinate_distribution (`str`, *optional*, defaults to `"cauchy"`):
+        Density of a box coordinate: "cauchy", "gaussian" or "student_t".
+    student_t_freedom (`float`, *optional*, defaults to 1.0):
+        Degrees of freedom of "student_t".
+    class_exponent (`float`, *optional*, defaults to 1.0):
+        Power of the class probability in the likelihood. An addition of the public code.
+    scale_mixing_by_num_objects (`bool`, *optional*, defaults to `True`):
+        Multiply pi by the picture's number of ground truths. An addition of the public code.
+    loss_weight (`float`, *optional*, defaults to 1.0):
+        Factor of the whole loss. 2 gives the gradients of the public code, which sums over the 2 pictures of a GPU.
+    freeze_backbone_stages (`int`, *optional*, defaults to 0):
+        Number of frozen backbone stages, counted with the stem: 0 freezes nothing, 1 the stem and the first stage.
+    backbone_norm (`str`, *optional*, defaults to `"eval"`):
+        Batch norms of the backbone while training: `"train"` uses batch statistics, `"eval"` stored statistics with
+        trained affine parameters, `"frozen"` stored statistics and fixed affine parameters.
+    category_ids (`list[int]`, *optional*):
+        The data set's own category id of each label, for writing results.
+    """
+
+    model_type = "drmm"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="resnet",
+            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        )
+    }
+    attribute_map = {"d_model": "hidden_size", "num_hidden_layers": "num_stages"}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    decoder_type: Literal["sparse_rcnn"] = "sparse_rcnn"
+    neck_type: Literal["fpn"] = "fpn"
+    head_type: Literal["mixture"] = "mixture"
+    criterion: Literal["nll_mcm"] = "nll_mcm"
+
+    num_queries: int = 300
+    num_stages: int = 6
+    hidden_size: int = 256
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    attention_dropout: float | int = 0.0
+    dropout: float | int = 0.0
+    dynamic_size: int = 64
+    proposal_grid: list[int] | tuple[int, ...] | None = (15, 20)
+    proposal_size: float | int = 0.5
+    roi_size: int = 7
+    roi_sampling_ratio: int = 2
+    roi_level_base: float | int = 56
+    num_class_layers: int = 1
+    num_box_layers: int = 3
+    box_delta_unit: Literal["pixels", "box"] = "pixels"
+    box_delta_factor: float | int = 0.5
+    box_scale_factor: float | int = 0.1
+    top_k_ratio: float | int | None = None
+    top_k_last_stage: bool = True
+
+    mcm_weight: float | int = 0.5
+    mcm_stop_gradient: list[str] | tuple[str, ...] = ("F",)
+    min_scale_ratio: float | int = 0.04
+    likelihood_epsilon: float | int = 1e-12
+    coordinate_distribution: Literal["cauchy", "gaussian", "student_t"] = "cauchy"
+    student_t_freedom: float | int = 1.0
+    class_exponent: float | int = 1.0
+    scale_mixing_by_num_objects: bool = True
+    loss_weight: float | int = 1.0
+
+    freeze_backbone_stages: int = 0
+    backbone_norm: Literal["train", "eval", "frozen"] = "eval"
+    category_ids: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        known = {field.name for field in fields(self)} | set(self.attribute_map)
+        for name in kwargs:
+            if name not in known | _LIBRARY_KEYWORDS:
+                nearest = difflib.get_close_matches(name, sorted(known | {"num_labels"}), n=1, cutoff=0)
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} is not a field of DrmmConfig; the nearest is {nearest[0]!r}."
+                )
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            kwargs["num_labels"] = 80
+        for name in ("proposal_grid", "mcm_stop_gradient"):
+            if getattr(self, name) is not None:
+                setattr(self, name, list(getattr(self, name)))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check what no single field can say about itself.
+
+        Raises:
+            ValueError: naming the field, its value and the rule.
+        """
+        _require(self.num_labels >= 1, "num_labels", self.num_labels, "be at least 1")
+        for name in (
+            "num_queries",
+            "num_stages",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "dynamic_size",
+            "roi_size",
+            "roi_sampling_ratio",
+            "num_class_layers",
+            "num_box_layers",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+        for name in ("proposal_size", "roi_level_base", "box_delta_factor", "box_scale_factor", "student_t_freedom"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "be positive")
+        for name in ("mcm_weight", "min_scale_ratio", "likelihood_epsilon", "class_exponent", "loss_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "not be negative")
+        for name in ("dropout", "attention_dropout"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lie in [0, 1)")
+        _require(
+            0 <= self.freeze_backbone_stages <= 4, "freeze_backbone_stages", self.freeze_backbone_stages, "be 0..4"
+        )
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"be divisible by num_attention_heads={self.num_attention_heads}",
+        )
+        if self.proposal_grid is not None:
+            _require(
+                len(self.proposal_grid) == 2 and self.proposal_grid[0] * self.proposal_grid[1] == self.num_queries,
+                "proposal_grid",
+                self.proposal_grid,
+                f"be [rows, columns] whose product is num_queries={self.num_queries}",
+            )
+        if self.top_k_ratio is not None:
+            _require(0 < self.top_k_ratio <= 1, "top_k_ratio", self.top_k_ratio, "lie in (0, 1]")
+            _require(self.queries_per_stage[-1] >= 1, "top_k_ratio", self.top_k_ratio, "leave at least one query")
+        _require(
+            set(self.mcm_stop_gradient) <= {"pi", "F", "P"},
+            "mcm_stop_gradient",
+            self.mcm_stop_gradient,
+            'hold only "pi", "F" and "P"',
+        )
+        if self.category_ids is not None:
+            _require(
+                len(self.category_ids) == self.num_labels and len(set(self.category_ids)) == len(self.category_ids),
+                "category_ids",
+                self.category_ids,
+                f"hold one distinct id for each of the {self.num_labels} labels",
+            )
+
+    @property
+    def queries_per_stage(self) -> list[int]:
+        """Number of queries that leave each stage, `top_k_ratio` applied."""
+        counts, count = [], self.num_queries
+        for stage in range(self.num_stages):
+            if self.top_k_ratio is not None and (stage < self.num_stages - 1 or self.top_k_last_stage):
+                count = int(count * self.top_k_ratio)
+            counts.append(count)
+        return counts
+
+
+def _require(holds: bool, name: str, value, rule: str):
+    if not holds:
+        raise ValueError(f"{name}={value!r} must {rule}.")
+
+
+__all__ = ["DrmmConfig"]

@@ -1,0 +1,111 @@
+"""RoI pooling over all pyramid levels as one sparse linear operator.
+
+Every pooled value is a weighted sum of map cells: 4 neighbours of each sample of a bin. Indices and weights have a
+closed form in the boxes, which carry no gradient here, so forward and backward are a single `embedding_bag` over the
+flattened maps: exact to `torchvision.ops.roi_align(aligned=True)`, without data-dependent shapes and without
+torchvision's serial CPU backward.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def roi_levels(boxes: Tensor, num_levels: int, base: float) -> Tensor:
+    """Choose the pyramid level of each box by the square root of its area.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., 4)`): xyxy, pixels of the model input.
+        num_levels (`int`): number of levels.
+        base (`float`): boxes from `2 * base` pixels on leave the finest level.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: level in [0, num_levels), or -1 where exactly one side is inverted (no level).
+
+    Source: public code, after Eq. 1 of the feature pyramid paper.
+    """
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    level = torch.log2(area.clamp(min=0).sqrt() / base + 1e-6).floor().clamp(0, num_levels - 1).long()
+    return level.masked_fill(area < 0, -1)
+
+
+def pool_regions(
+    maps: list[Tensor], boxes: Tensor, strides: tuple[int, ...], size: int, sampling_ratio: int, level_base: float
+) -> Tensor:
+    """Pool a `size` x `size` grid of features for every box from its level.
+
+    Args:
+        maps (`list[torch.Tensor]`): pyramid maps of shape `(B, C, H_l, W_l)`, finest first.
+        boxes (`torch.Tensor` of shape `(B, K, 4)`): xyxy, pixels of the model input; detached.
+        strides (`tuple[int, ...]`): pixels per cell of each map.
+        size (`int`): bins along a side.
+        sampling_ratio (`int`): samples along a side of a bin.
+        level_base (`float`): see `roi_levels`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, size * size, C)`: zeros for a box without a level.
+
+    Source: RoIAlign, half-pixel aligned, average over the samples.
+    """
+    boxes = boxes.detach()
+    batch, channels = maps[0].shape[:2]
+    levels = roi_levels(boxes, len(maps), level_base)
+    table = torch.cat([level_map.flatten(2).transpose(1, 2).reshape(-1, channels) for level_map in maps])
+
+    heights, widths, offsets, total = [], [], [], 0
+    for level_map in maps:
+        heights.append(level_map.shape[-2])
+        widths.append(level_map.shape[-1])
+        offsets.append(total)
+        total += batch * heights[-1] * widths[-1]
+    level_of = levels.clamp(min=0)
+    height, width, offset, stride = (
+        torch.tensor(values, device=boxes.device)[level_of][..., None, None]
+        for values in (heights, widths, offsets, strides)
+    )
+
+    scaled = boxes / stride.squeeze(-1) - 0.5
+    column, column_weight = _axis_samples(scaled[..., 0], scaled[..., 2], width, size, sampling_ratio)
+    row, row_weight = _axis_samples(scaled[..., 1], scaled[..., 3], height, size, sampling_ratio)
+
+    image = torch.arange(batch, device=boxes.device)[:, None, None, None] * height * width + offset
+    row = (row * width + image)[..., :, None, :, None]
+    index = row + column[..., None, :, None, :]
+    weight = row_weight[..., :, None, :, None] * column_weight[..., None, :, None, :]
+    weight = weight * (levels >= 0)[..., None, None, None, None]
+
+    num_terms = index.shape[-1] * index.shape[-2]
+    pooled = F.embedding_bag(
+        index.reshape(-1, num_terms),
+        table,
+        mode="sum",
+        per_sample_weights=weight.reshape(-1, num_terms).to(table.dtype),
+    )
+    return pooled.view(batch, boxes.shape[1], size * size, channels)
+
+
+def _axis_samples(start: Tensor, end: Tensor, length: Tensor, size: int, ratio: int) -> tuple[Tensor, Tensor]:
+    """Return cells and weights of the bilinear samples along one axis, averaged over the samples of a bin.
+
+    Args:
+        start (`torch.Tensor` of shape `(B, K)`): left or top sides of the boxes in cells, half-pixel shifted.
+        end (`torch.Tensor` of shape `(B, K)`): right or bottom sides.
+        length (`torch.Tensor` of shape `(B, K, 1, 1)`): cells of the map along this axis.
+        size (`int`): bins.
+        ratio (`int`): samples a bin.
+
+    Returns:
+        `tuple`: int64 cells and weights of shape `(B, K, size, 2 * ratio)`. Samples more than one cell outside the map
+        have weight 0; those within one cell take the border's value.
+    """
+    steps = (torch.arange(size * ratio, device=start.device, dtype=start.dtype) + 0.5) / ratio
+    position = start[..., None] + steps * ((end - start) / size)[..., None]
+    position = position.unflatten(-1, (size, ratio))
+    inside = (position >= -1) & (position <= length)
+    position = torch.minimum(position.clamp(min=0), (length - 1).to(position.dtype))
+    low = position.floor()
+    fraction = position - low
+    low = low.long()
+    cells = torch.cat([low, torch.minimum(low + 1, length - 1)], dim=-1)
+    weights = torch.cat([1 - fraction, fraction], dim=-1) * inside.repeat(1, 1, 1, 2) / ratio
+    return cells, weights
