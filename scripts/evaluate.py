@@ -1,0 +1,8 @@
+"""Run `drmm evaluate` as a script, as `accelerate launch` needs it."""
+
+import sys
+
+from drmm_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""Run `drmm predict` as a script, as `accelerate launch` needs it."""
+
+import sys
+
+from drmm_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["predict", *sys.argv[1:]]))

@@ -1,0 +1,46 @@
+"""The `drmm` command: find the command and its arguments, run it, turn its errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("train a detector from a recipe", "drmm train scripts/recipes/quickstart.yaml --output runs/quickstart"),
+    "evaluate": ("measure AP and ECE of a detector", "drmm evaluate runs/quickstart/best DATA --split val --output OUT"),
+    "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments after `drmm`; by default those of the process.
+
+    Returns:
+        `int`: 0, or 2 if an argument, a file or a value is wrong (said in one line on stderr).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="drmm", description="End-to-end object detection with D-RMM.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, example) in COMMANDS.items():
+        command = subparsers.add_parser(
+            name, help=summary, description=f"{summary.capitalize()}.", epilog=f"example: {example}", allow_abbrev=False
+        )
+        command.add_argument("--debug", action="store_true", help="show where an error comes from")
+        if name in argv[:1]:
+            import_module(f".commands.{name}", __package__).add_arguments(command)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "fields"):
+        parser.error(f"{args.command} does not know {' '.join(rest)}")
+    if rest:
+        args.fields = rest
+    try:
+        return import_module(f".commands.{args.command}", __package__).run(args)
+    except (ValueError, FileNotFoundError) as error:
+        if args.debug:
+            raise
+        print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

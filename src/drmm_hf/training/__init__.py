@@ -1,0 +1,1 @@
+"""Training with Accelerate: recipes, optimiser, averaging, checkpoints and one visible loop."""
