@@ -1,0 +1,200 @@
+"""One call from a detector and a dataset to its figures: average precision and calibration, written to files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from drmm_hf.data.labels import LabelMap
+
+from .calibration import expected_calibration_error, match_predictions
+from .coco_metrics import coco_metrics, first_few, ground_truth, load_annotations
+from .detections import Detections
+from .predict import predict
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def evaluate(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: datasets.Dataset,
+    annotations: str | Path | Mapping[str, Any] | None = None,
+    output_dir: str | Path | None = None,
+    *,
+    batch_size: int = 1,
+    device: str | torch.device | None = None,
+    top_k: int = 100,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a detector: run it over every annotated picture and compare with the untouched annotations.
+
+    Args:
+        model (`torch.nn.Module`): Any transformers object detector.
+        processor (`Any`): Its image processor.
+        dataset (`datasets.Dataset`): Pictures in the canonical schema of `drmm_hf.data.coco`.
+        annotations (`str`, `Path` or `Mapping`, *optional*): The COCO json file of the dataset, or what it holds. By
+            default built from the dataset.
+        output_dir (`str` or `Path`, *optional*): Folder to write `metrics.json` and `detections.json` to.
+        batch_size (`int`): Largest number of pictures in a batch; changes no figure.
+        device (`str` or `torch.device`, *optional*): Where to run. By default where the model is.
+        top_k (`int`): Number of predictions a picture, over all classes, for AP and for the calibration error.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        `dict`: What `measure` returns.
+
+    Raises:
+        ValueError: If dataset and annotations do not hold the same pictures, or if the model's classes cannot be told
+            from its config (see `category_of_label`).
+    """
+    annotations = ground_truth(dataset) if annotations is None else load_annotations(annotations)
+    mapping = category_of_label(model.config, annotations["categories"])
+    check_images(annotations, dataset["image_id"])
+    detections = predict(model, processor, dataset, batch_size, device, top_k, progress)
+    return measure(detections, annotations, mapping, output_dir, top_k=top_k)
+
+
+def measure(
+    detections: Detections,
+    annotations: str | Path | Mapping[str, Any],
+    mapping: Mapping[int, int],
+    output_dir: str | Path | None = None,
+    *,
+    top_k: int = 100,
+) -> dict[str, Any]:
+    """Compute the figures of detections that are already there, such as those merged from several processes.
+
+    Args:
+        detections (`Detections`): A result for each annotated picture, with the labels of the model.
+        annotations (`str`, `Path` or `Mapping`): The COCO json file, or what it holds.
+        mapping (`Mapping[int, int]`): Category id of each label, from `category_of_label`. Detections with another
+            label are left out and counted.
+        output_dir (`str` or `Path`, *optional*): Folder to write `metrics.json` and `detections.json` to.
+        top_k (`int`): Number of predictions a picture, over all classes.
+
+    Returns:
+        `dict`: COCO's twelve figures and `AP_per_class` (fractions), `ECE` and `ECE_0.1`, `reliability` (edges,
+        confidence, accuracy and count of the bins), and the counts `num_images`, `num_ground_truths`, `num_crowds`,
+        `num_detections`, `num_boxes_without_size` and `num_other_labels` (both left out). What is not defined, such as
+        `APs` without small objects, is None.
+
+    Raises:
+        ValueError: If detections and annotations do not hold the same pictures.
+    """
+    annotations = load_annotations(annotations)
+    check_images(annotations, list(detections))
+    label_map = LabelMap.from_categories(annotations["categories"])
+    detections = detections.top_k(top_k)
+    known = detections.relabel({label: label_map.label(category_id) for label, category_id in mapping.items()})
+    entries = known.to_coco(label_map)
+    scores, correct = match_predictions(annotations, entries, top_k=top_k)
+    reliability = expected_calibration_error(scores, correct)
+    crowds = sum(bool(record.get("iscrowd")) for record in annotations["annotations"])
+
+    metrics = coco_metrics(annotations, entries)
+    metrics["ECE"] = reliability.to_dict()["ece"]
+    metrics["ECE_0.1"] = expected_calibration_error(scores, correct, min_score=0.1).to_dict()["ece"]
+    metrics["reliability"] = reliability.to_dict()
+    metrics |= {
+        "num_images": len(detections),
+        "num_ground_truths": len(annotations["annotations"]) - crowds,
+        "num_crowds": crowds,
+        "num_detections": len(entries),
+        "num_boxes_without_size": known.num_boxes_without_size,
+        "num_other_labels": detections.num_boxes - known.num_boxes,
+    }
+    if output_dir is not None:
+        output_dir = Path(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        (output_dir / "detections.json").write_text(json.dumps(entries, allow_nan=False))
+    return metrics
+
+
+def category_of_label(config: Any, categories: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Find the category of the dataset that each class of a model stands for.
+
+    A config with `category_ids` says it itself: the ids must be those of the dataset, under the same names. Otherwise
+    the names of `id2label` are looked up among the categories, whatever their case; classes that the dataset does not
+    have (such as the unused `N/A` of many COCO models) stand for none.
+
+    Args:
+        config (`PreTrainedConfig`): Config of the model.
+        categories (`Sequence[Mapping]`): Records of the dataset with `id` and `name`.
+
+    Returns:
+        `dict[int, int]`: Category id of each label.
+
+    Raises:
+        ValueError: If the classes disagree: another number, other ids, other names, or a category that no class of the
+            model stands for.
+    """
+    names = {int(label): name for label, name in config.id2label.items()}
+    known = {record["id"]: record["name"] for record in categories}
+    category_ids = getattr(config, "category_ids", None)
+    if category_ids is None:
+        by_name = {_plain(name): category_id for category_id, name in known.items()}
+        mapping = {label: by_name[_plain(name)] for label, name in names.items() if _plain(name) in by_name}
+        lacking = [name for category_id, name in known.items() if category_id not in mapping.values()]
+        if lacking:
+            raise ValueError(
+                f"the model has no class for {len(lacking)} of the {len(known)} categories of the dataset "
+                f"({first_few(lacking)}); its {len(names)} classes are {first_few(names.values())}. Set "
+                "config.category_ids, or name the classes in config.id2label as the dataset does."
+            )
+        return mapping
+
+    if len(category_ids) != len(names):
+        raise ValueError(
+            f"config.category_ids has {len(category_ids)} entries for {len(names)} classes; the rule is one each."
+        )
+    mapping = {label: category_ids[label] for label in names}
+    if set(category_ids) != set(known):
+        raise ValueError(
+            f"the model was made for {len(category_ids)} categories with the ids {first_few(category_ids)}; "
+            f"the dataset has {len(known)} with the ids {first_few(known)}."
+        )
+    for label, category_id in mapping.items():
+        if _plain(names[label]) != _plain(known[category_id]):
+            raise ValueError(
+                f"category {category_id} is {names[label]!r} in the model and {known[category_id]!r} in the dataset; "
+                "the rule is one name."
+            )
+    return mapping
+
+
+def check_images(annotations: Mapping[str, Any], image_ids: Sequence[int]) -> None:
+    """Check that the annotated pictures are those that a detector sees.
+
+    Args:
+        annotations (`Mapping`): Content of a COCO file.
+        image_ids (`Sequence[int]`): Ids of the pictures.
+
+    Raises:
+        ValueError: If one side has pictures that the other lacks, or if the annotations have none.
+    """
+    annotated = {record["id"]: record.get("file_name", record["id"]) for record in annotations["images"]}
+    if not annotated:
+        raise ValueError("the annotations have no images; there is nothing to measure.")
+    image_ids = set(image_ids)
+    missing = [name for image_id, name in annotated.items() if image_id not in image_ids]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(annotated)} annotated pictures are not in the dataset ({first_few(missing)}); "
+            "each counts in AP, so all must be there. To measure on fewer, give annotations of those alone."
+        )
+    unknown = sorted(image_ids - set(annotated))
+    if unknown:
+        raise ValueError(f"{len(unknown)} pictures have no entry in the annotations: image_id {first_few(unknown)}.")
+
+
+def _plain(name: str) -> str:
+    """Return a class name without case, underscores and hyphens."""
+    return " ".join(str(name).lower().replace("_", " ").replace("-", " ").split())

@@ -1,0 +1,1 @@
+"""Pictures: detections drawn on photographs, reliability diagrams and training curves."""

@@ -1,0 +1,90 @@
+"""Diagrams: they are written, and they say what their data say."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drmm_hf.visualization import plots
+
+
+pytest.importorskip("matplotlib")
+
+
+def reliability(count):
+    edges = np.arange(11) / 10
+    confidence = np.where(count > 0, edges[1:] - 0.05, np.nan)
+    return SimpleNamespace(
+        ece=0.1 if count.any() else float("nan"),
+        bin_edges=edges,
+        bin_confidence=confidence,
+        bin_accuracy=confidence**2,
+        bin_count=count,
+    )
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Return the list of the figures that were saved."""
+    saved = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    return saved
+
+
+def test_reliability_diagram_shows_accuracy_gap_and_counts(tmp_path, figures):
+    count = np.array([90000, 300, 0, 20, 4, 3, 2, 1, 1, 7])
+    result = reliability(count)
+    path = plots.reliability_diagram(result, tmp_path / "new" / "reliability.png")
+    assert Image.open(path).size[0] > 500
+    upper, lower = figures[0].axes
+    accuracy, gap = upper.containers
+    filled = count > 0
+    assert [bar.get_height() for bar in accuracy] == pytest.approx(result.bin_accuracy[filled])
+    assert [bar.get_y() + bar.get_height() for bar in gap] == pytest.approx(result.bin_confidence[filled])
+    assert [bar.get_height() for bar in lower.containers[0]] == count[filled].tolist()
+    assert lower.get_yscale() == "log" and lower.get_ylim()[1] > 90000
+    assert upper.get_title(loc="right") == "ECE 10.00 %"
+
+
+def test_reliability_of_no_predictions_is_an_empty_diagram(tmp_path, figures):
+    plots.reliability_diagram(reliability(np.zeros(10, dtype=int)), tmp_path / "reliability.png")
+    assert figures[0].axes[0].get_title(loc="right") == "no predictions"
+
+
+def log(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_training_curves_show_the_loss_and_the_share_of_each_stage(tmp_path, figures):
+    records = [
+        {"step": step, "loss": 100.0 - step, "mcm.stage0": 1.0, "mcm.stage10": 0.5, "mcm.stage2": step / 100}
+        for step in range(0, 100, 10)
+    ]
+    records.insert(3, {"epoch": 1, "AP": 0.3})
+    plots.training_curves(log(tmp_path / "log.jsonl", records), tmp_path / "curves.png")
+    left, right = figures[0].axes
+    assert left.lines[0].get_ydata().tolist() == [100.0 - step for step in range(0, 100, 10)]
+    assert [line.get_label() for line in right.lines[1::2]] == ["stage 0", "stage 2", "stage 10"]
+    assert right.lines[0].get_ydata() == pytest.approx(np.full(10, np.exp(-1)))
+    assert right.lines[2].get_ydata() == pytest.approx(np.exp(-np.arange(0, 1, 0.1)))
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_training_curves_without_mixture_show_the_loss_alone(tmp_path, figures):
+    plots.training_curves(log(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}]), tmp_path / "curves.png")
+    assert len(figures[0].axes) == 1
+
+
+def test_an_empty_log_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no line with step and loss"):
+        plots.training_curves(log(tmp_path / "log.jsonl", [{"epoch": 1}]), tmp_path / "curves.png")
+
+
+def test_pyplot_and_its_global_state_stay_away(tmp_path):
+    plots.training_curves(log(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}]), tmp_path / "curves.png")
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
