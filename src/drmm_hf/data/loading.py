@@ -1,0 +1,238 @@
+"""Canonical rows -> batches of the network: decode, map labels, augment, hand over to the image processor.
+
+The random numbers of a picture depend on the seed, the epoch and its row alone. So batches do not depend on the number
+of workers, and a run that is resumed in the middle of an epoch sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F  # noqa: N812
+
+from .augmentation import Augmentation
+from .coco import open_image
+from .labels import LabelMap
+
+
+def load_image(row: Mapping[str, Any]) -> Image.Image:
+    """Decode the picture of a canonical row, turned as its annotations see it.
+
+    The EXIF orientation is applied, as viewers do, unless only the picture as stored has the annotated width and
+    height.
+
+    Args:
+        row (`Mapping`): A canonical row. Its `image` had better be undecoded (`{"bytes", "path"}`), since `datasets`
+            always applies the orientation.
+
+    Returns:
+        `PIL.Image.Image`: The RGB picture.
+
+    Raises:
+        ValueError: If neither orientation has the annotated size, or the picture is not of 8 bits.
+    """
+    name = f"{row['file_name']!r} (image {row['image_id']})"
+    stored = row["image"] if isinstance(row["image"], Image.Image) else open_image(row["image"])
+    if stored.mode.startswith(("I", "F")):
+        raise ValueError(f"{name} has pixels of mode {stored.mode!r}: convert it to 8 bits first")
+    size = (row["width"], row["height"])
+    image = ImageOps.exif_transpose(stored)
+    if image.size != size:
+        image = stored
+    if image.size != size:
+        raise ValueError(f"{name} is {image.width} x {image.height}, its annotations say {size[0]} x {size[1]}")
+    return image.convert("RGB")
+
+
+class DetectionDataset(torch.utils.data.Dataset):
+    """Read (picture, annotation) pairs with class labels, ready for the image processor.
+
+    Args:
+        dataset (`datasets.Dataset`): Canonical rows.
+        label_map (`LabelMap`): From the dataset's category ids to class labels.
+        augmentation (`Augmentation`, *optional*): What `build_augmentation` returns.
+        seed (`int`): Seed of the augmentation.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        label_map: LabelMap,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.label_map, self.augmentation, self.seed = label_map, augmentation, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of an epoch, also in workers that are running.
+
+        Args:
+            epoch (`int`): Number of the epoch.
+        """
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """Read one picture.
+
+        Args:
+            index (`int`): The row.
+
+        Returns:
+            `tuple[Tensor, dict]`: The uint8 picture (3, height, width), and its annotation in COCO form: `image_id`
+            and `annotations`, whose `category_id` is the class label and `bbox` xywh in pixels of that picture.
+        """
+        row = self.dataset[index]
+        image = F.pil_to_tensor(load_image(row))
+        objects = [{**item, "category_id": self.label_map.label(item["category_id"])} for item in row["objects"]]
+        if self.augmentation is not None:
+            with _random_state(self.seed, int(self.epoch), index):
+                image, target = self.augmentation(image, _target(objects, image.shape[-2:]))
+            objects = _objects(target)
+        return image, {"image_id": row["image_id"], "annotations": objects}
+
+
+def data_loader(
+    dataset: DetectionDataset,
+    processor: Callable[..., Mapping[str, Any]],
+    batch_size: int,
+    *,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Build the loader of a training or validation set.
+
+    Call `loader.sampler.set_epoch(epoch)` before each epoch (Accelerate's `loader.set_epoch(epoch)` does): it changes
+    the order and the augmentation. Pictures are resized by the processor, unless the augmentation does it.
+
+    Args:
+        dataset (`DetectionDataset`): The pictures; its seed is also that of the order.
+        processor (`Callable`): The image processor.
+        batch_size (`int`): Pictures in a batch.
+        shuffle (`bool`): Whether to draw a new order each epoch.
+        drop_last (`bool`): Whether to leave out an incomplete last batch.
+        num_workers (`int`): Processes that read pictures; 0 reads in this one.
+        pin_memory (`bool`): Whether to put batches into pinned memory, for faster copies to a GPU.
+
+    Returns:
+        `DataLoader`: Batches as `collate` returns them.
+    """
+    do_resize = dataset.augmentation is None or not dataset.augmentation.resizes
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(dataset, shuffle),
+        collate_fn=collate(processor, do_resize),
+        drop_last=drop_last,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def collate(
+    processor: Callable[..., Mapping[str, Any]], do_resize: bool
+) -> Callable[[list[tuple[Tensor, dict[str, Any]]]], dict[str, Any]]:
+    """Return the function that makes a batch of (picture, annotation) pairs.
+
+    Args:
+        processor (`Callable`): The image processor.
+        do_resize (`bool`): Whether it resizes; False after an augmentation that did.
+
+    Returns:
+        `Callable`: From a list of pairs to a dict of `pixel_values`, `pixel_mask` and `labels`.
+    """
+    return partial(_collate, processor, do_resize)
+
+
+class EpochSampler(Sampler[int]):
+    """Draw every row once an epoch, in an order that depends on the dataset's seed and the epoch alone.
+
+    Args:
+        dataset (`DetectionDataset`): The rows; it is told the epoch too.
+        shuffle (`bool`): Whether to shuffle; otherwise rows come in order.
+    """
+
+    def __init__(self, dataset: DetectionDataset, shuffle: bool) -> None:
+        self.dataset, self.shuffle = dataset, shuffle
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of an epoch.
+
+        Args:
+            epoch (`int`): Number of the epoch.
+        """
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the rows of the epoch."""
+        if not self.shuffle:
+            return iter(range(len(self)))
+        rng = np.random.default_rng([self.dataset.seed, int(self.dataset.epoch)])
+        return iter(rng.permutation(len(self)).tolist())
+
+
+def _collate(
+    processor: Callable[..., Mapping[str, Any]], do_resize: bool, pairs: list[tuple[Tensor, dict[str, Any]]]
+) -> dict[str, Any]:
+    images, annotations = zip(*pairs, strict=True)
+    batch = processor(images=list(images), annotations=list(annotations), do_resize=do_resize, return_tensors="pt")
+    return {**batch, "labels": [dict(label) for label in batch["labels"]]}
+
+
+def _target(objects: list[dict[str, Any]], canvas_size: tuple[int, int]) -> dict[str, Tensor]:
+    boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(canvas_size)),
+        "labels": torch.tensor([item["category_id"] for item in objects], dtype=torch.int64),
+        "area": torch.tensor([item["area"] for item in objects], dtype=torch.float32),
+        "iscrowd": torch.tensor([item["iscrowd"] for item in objects], dtype=torch.int64),
+        "ids": torch.tensor([item["id"] for item in objects], dtype=torch.int64),
+    }
+
+
+def _objects(target: dict[str, Tensor]) -> list[dict[str, Any]]:
+    boxes = target["boxes"].as_subclass(Tensor).clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (boxes, *(target[key] for key in ("labels", "area", "iscrowd", "ids")))
+    keys = ("bbox", "category_id", "area", "iscrowd", "id")
+    return [dict(zip(keys, values, strict=True)) for values in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+@contextmanager
+def _random_state(*key: int) -> Iterator[None]:
+    """Seed torch, numpy and random from a key, and put their states back afterwards."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
