@@ -1,0 +1,357 @@
+"""Pictures to network input, annotations to labels, network output to boxes.
+
+Three frames meet here and nowhere else: pixels of the original picture (annotations, results), pixels of the resized
+picture (network input) and fractions of the *unpadded* picture (labels and `pred_boxes`). Padding only ever adds
+pixels at the bottom and the right, so no box depends on it.
+"""
+
+import math
+
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+class DrmmImageProcessorKwargs(ImagesKwargs, total=False):
+    """Settings of the processor besides those every transformers image processor has.
+
+    Attributes:
+        size_divisor: Height and width of a batch are padded to the next multiple of it; `pad_size` overrules it.
+    """
+
+    size_divisor: int
+
+
+class DrmmImageProcessor(TorchvisionBackend):
+    """Prepare pictures and annotations for D-RMM and turn its output into boxes.
+
+    A picture becomes RGB, is resized (shortest edge 800, longest at most 1333), rescaled to [0, 1], normalised and
+    padded with zeros at the bottom and the right to a multiple of 32. Every step has the usual switch (`do_resize`,
+    `do_rescale`, `do_normalize`, `do_pad`, `do_convert_rgb`). EXIF orientation is not looked at: turn the picture
+    when it is read.
+
+    Size rule: `scale = min(longest / max(h, w), shortest / min(h, w))`, new side `int(side * scale + 0.5)`, at least
+    1. The two sides are rounded on their own, so boxes are converted with the ratio of each axis, never with `scale`.
+
+    Source: the size rule is the public code's. Labels are fractions of the unpadded picture, where the DETR
+    processors of transformers take fractions of the padded one.
+    """
+
+    valid_kwargs = DrmmImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 800, "longest_edge": 1333}
+    size_divisor = 32
+    default_to_square = False
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+
+    def __init__(self, **kwargs: Unpack[DrmmImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        if isinstance(self.size_divisor, bool) or not isinstance(self.size_divisor, int) or self.size_divisor < 1:
+            raise ValueError(f"size_divisor={self.size_divisor!r}: must be an int of at least 1")
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        annotations: dict | list[dict] | None = None,
+        **kwargs: Unpack[DrmmImageProcessorKwargs],
+    ) -> BatchFeature:
+        """Turn pictures, and their annotations if given, into a batch.
+
+        Crowd annotations (`iscrowd` 1) never become labels. Boxes that reach over the border are clipped to the
+        picture; a box with nothing inside the picture is an error, never a silent drop.
+
+        Args:
+            images: One picture or a list: PIL (any mode), numpy array or tensor (HWC or CHW), or path.
+            annotations: One dict a picture, either `{"image_id": int, "annotations": [{"bbox", "category_id", "area"?,
+                "iscrowd"?, "id"?}, ...]}` or `{"image_id": int, "objects": ...}` with a list of such dicts or one dict
+                of lists (`category` and `category_id` mean the same). `bbox` is x, y, width, height in pixels of the
+                given picture; the category is the class label, 0..C-1.
+            **kwargs: Any setting of the processor, for this call only; `return_tensors="pt"` as usual.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) float32; `pixel_mask` (B, H, W) int64, 1 on the picture and 0 on padding (only
+            with `do_pad`); with annotations `labels`, a list of dicts: `class_labels` (N,) int64, `boxes` (N, 4)
+            float32 cx, cy, w, h as fractions of the unpadded picture, `area` (N,) float32 in pixels of the resized
+            picture, `iscrowd` (N,) zeros, `image_id` (1,), `orig_size` and `size` (2,) height, width as given and
+            after the resize.
+
+        Raises:
+            ValueError: An annotation breaks a rule; the message names picture, annotation, value and rule.
+        """
+        return super().preprocess(images, annotations, **kwargs)
+
+    def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
+        """Resize pictures of one size by the rule of the class docstring, or by another kind of `size`.
+
+        Args:
+            image: (..., H, W).
+            size: `shortest_edge` and `longest_edge`; or `height` and `width`; or `max_height` and `max_width`.
+            resample: Interpolation; bilinear (antialiased) by default.
+            **kwargs: Passed to the backend.
+
+        Returns:
+            (..., H', W') in the dtype of `image`.
+        """
+        if size.shortest_edge and size.longest_edge:
+            height, width = image.shape[-2:]
+            scale = min(size.longest_edge / max(height, width), size.shortest_edge / min(height, width))
+            size = SizeDict(height=max(1, int(height * scale + 0.5)), width=max(1, int(width * scale + 0.5)))
+        return super().resize(image, size=size, resample=resample, **kwargs)
+
+    def pad(
+        self, images: list[torch.Tensor], pad_size: SizeDict | None = None, size_divisor: int | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put pictures into the top-left corner of one zero batch.
+
+        Args:
+            images: (3, h, w) each, normalised.
+            pad_size: Size of the batch; by default the largest height and width, rounded up.
+            size_divisor: What to round up to, `self.size_divisor` by default.
+            **kwargs: Ignored; the backend's signature has more.
+
+        Returns:
+            `pixel_values` (B, 3, H, W) float32 and `pixel_mask` (B, H, W) int64.
+
+        Raises:
+            ValueError: A picture is larger than `pad_size`.
+        """
+        largest = [max(image.shape[axis] for image in images) for axis in (-2, -1)]
+        if pad_size is None:
+            divisor = size_divisor or self.size_divisor
+            height, width = (math.ceil(side / divisor) * divisor for side in largest)
+        elif pad_size.height and pad_size.width:
+            height, width = pad_size.height, pad_size.width
+        else:
+            raise ValueError(f"pad_size={pad_size}: must have 'height' and 'width'")
+        if height < largest[0] or width < largest[1]:
+            raise ValueError(f"pad_size={(height, width)}: must not be smaller than the resized picture {largest}")
+        first = images[0]
+        pixel_values = first.new_zeros(len(images), first.shape[0], height, width, dtype=torch.float32)
+        pixel_mask = first.new_zeros(len(images), height, width, dtype=torch.int64)
+        for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
+            values[:, : image.shape[-2], : image.shape[-1]] = image
+            mask[: image.shape[-2], : image.shape[-1]] = 1
+        return pixel_values, pixel_mask
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        annotations: dict | list[dict] | None,
+        do_resize: bool,
+        size: SizeDict,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        size_divisor: int,
+        disable_grouping: bool | None,
+        return_tensors,
+        **kwargs,
+    ) -> BatchFeature:
+        annotations = [annotations] if isinstance(annotations, dict) else annotations
+        if annotations is not None and len(annotations) != len(images):
+            raise ValueError(f"annotations: {len(annotations)} given for {len(images)} images; must be one an image")
+
+        groups, order = group_images_by_shape(images, disable_grouping=disable_grouping)
+        for shape, group in groups.items():
+            if do_resize:
+                group = self.resize(group, size=size, resample=resample)
+            groups[shape] = self.rescale_and_normalize(
+                group, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+        resized = reorder_images(groups, order)
+
+        sizes = {tuple(image.shape[-2:]) for image in resized}
+        if do_pad:
+            pixel_values, pixel_mask = self.pad(resized, pad_size=pad_size, size_divisor=size_divisor)
+            data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+        elif len(sizes) == 1:
+            data = {"pixel_values": torch.stack(resized).float()}
+        else:
+            raise ValueError(f"do_pad=False: images of one batch must have one size after the resize, got {sizes}")
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if annotations is not None:
+            batch["labels"] = [
+                BatchFeature(_label(annotation, image.shape[-2:], after), tensor_type=return_tensors)
+                for annotation, image, after in zip(annotations, images, resized, strict=True)
+            ]
+        return batch
+
+    def post_process_object_detection(
+        self,
+        outputs,
+        threshold: float = 0.5,
+        target_sizes: torch.Tensor | list[tuple[float, float]] | None = None,
+        top_k: int = 100,
+        clip: bool = False,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Pick the best (query, class) pairs of each picture and put their boxes into its own pixels.
+
+        The same query may appear with several classes. There is no NMS. All arithmetic is float32, whatever the
+        dtype of `outputs`. By default a box is returned as predicted: it may reach over the border, and its corners
+        may be in the wrong order.
+
+        Args:
+            outputs: Output of `DrmmForObjectDetection`, or of any detector with sigmoid `logits` (B, K, C) and
+                `pred_boxes` (B, K, 4) cx, cy, w, h in [0, 1] of the unpadded picture.
+            threshold: Keep scores above it.
+            target_sizes: (B, 2) or B pairs: height, width of the original pictures, ints or floats. None: boxes and
+                scales stay fractions of the picture.
+            top_k: At most this many detections a picture, chosen before the threshold.
+            clip: Order the corners (and their scales with them) and clip boxes to the picture.
+
+        Returns:
+            One dict a picture, sorted by falling score: `scores` (n,), `labels` (n,), `boxes` (n, 4) x1, y1, x2, y2
+            in pixels, `query_indices` (n,); with the mixture head also `box_scales` (n, 4) in pixels (left, top,
+            right, bottom), `objectness` (n,) and `class_probabilities` (n,) of the chosen class.
+
+        Raises:
+            ValueError: `target_sizes` has another length than the batch, or `top_k` is below 1.
+
+        Source: the public code scores every (query, class) pair by p * o and keeps the top 100 without NMS.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}: must be at least 1")
+        logits = outputs.logits.float()
+        batch_size, _, num_classes = logits.shape
+        # Sigmoid is monotone: choosing by logits keeps the order of scores that float32 rounds to 1.
+        top_logits, pairs = logits.flatten(1).topk(min(top_k, logits[0].numel()))
+        queries, labels = pairs // num_classes, pairs % num_classes
+        scores = top_logits.sigmoid()
+
+        def take(per_query: torch.Tensor) -> torch.Tensor:
+            return per_query.float().gather(1, queries[..., None].expand(-1, -1, per_query.shape[-1]))
+
+        centre, size = take(outputs.pred_boxes).split(2, dim=-1)
+        boxes = torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+        unit = _box_unit(target_sizes, batch_size, boxes.device)
+        boxes = boxes * unit
+        fields = {"scores": scores, "labels": labels, "boxes": boxes, "query_indices": queries}
+        if getattr(outputs, "box_scales", None) is not None:
+            fields["box_scales"] = take(outputs.box_scales) * unit
+        if getattr(outputs, "objectness_logits", None) is not None:
+            fields["objectness"] = outputs.objectness_logits.float().sigmoid().gather(1, queries)
+        if getattr(outputs, "class_logits", None) is not None:
+            fields["class_probabilities"] = take(outputs.class_logits).softmax(-1).gather(2, labels[..., None])[..., 0]
+        if clip:
+            inverted = (boxes[..., 2:] < boxes[..., :2]).repeat(1, 1, 2)
+            for name in fields.keys() & {"boxes", "box_scales"}:
+                fields[name] = torch.where(inverted, fields[name].roll(2, dims=-1), fields[name])
+            fields["boxes"] = fields["boxes"].clamp(min=torch.zeros_like(unit), max=unit)
+
+        # Scores fall, so those above the threshold are the first ones: one transfer for the batch.
+        counts = (scores > threshold).sum(1).tolist()
+        return [{name: field[i, :count] for name, field in fields.items()} for i, count in enumerate(counts)]
+
+
+def _box_unit(target_sizes, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Return (B, 1, 4): width, height, width, height of each picture, or ones."""
+    if target_sizes is None:
+        return torch.ones(batch_size, 1, 4, device=device)
+    if not isinstance(target_sizes, torch.Tensor):
+        target_sizes = torch.tensor([[float(side) for side in size] for size in target_sizes])
+    if target_sizes.shape != (batch_size, 2):
+        raise ValueError(
+            f"target_sizes of shape {tuple(target_sizes.shape)}: must be (height, width) for each of the "
+            f"{batch_size} pictures of the batch"
+        )
+    return target_sizes.to(device, torch.float32).flip(1).repeat(1, 2)[:, None]
+
+
+def _label(annotation: dict, orig_size: tuple[int, int], resized: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Check one picture's annotations and return them as the model's labels.
+
+    Args:
+        annotation: COCO or `datasets` form, see `DrmmImageProcessor.preprocess`.
+        orig_size: Height, width of the picture that the annotation refers to.
+        resized: (3, H, W), the picture after the resize.
+    """
+    image_id = _integer(annotation.get("image_id"))
+    if image_id is None:
+        raise ValueError(f"image_id={annotation.get('image_id')!r}: must be an integer")
+    objects = annotation.get("annotations", annotation.get("objects"))
+    if objects is None:
+        raise ValueError(f"image_id {image_id}: must have 'annotations' or 'objects', has {sorted(annotation)}")
+
+    height, width = orig_size
+    size = resized.shape[-2:]
+    pixel_ratio = (size[0] / height) * (size[1] / width)
+    boxes, classes, areas = [], [], []
+    for index, row in enumerate(_rows(objects, image_id)):
+        if row.get("iscrowd"):
+            continue
+        where = f"image_id {image_id}, annotation {row.get('id', f'number {index}')}"
+        try:
+            x, y, w, h = (float(number) for number in row.get("bbox"))
+        except (TypeError, ValueError):
+            x = y = w = h = math.nan
+        if not all(map(math.isfinite, (x, y, w, h))):
+            raise ValueError(f"{where}: bbox={row.get('bbox')}: must be four finite numbers x, y, width, height")
+        if w <= 0 or h <= 0:
+            raise ValueError(f"{where}: bbox={[x, y, w, h]}: width and height must be above 0")
+        left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
+        if right <= left or bottom <= top:
+            raise ValueError(f"{where}: bbox={[x, y, w, h]}: must overlap its picture of {width} x {height} pixels")
+        given = row.get("category_id", row.get("category"))
+        label = _integer(given)
+        if label is None or label < 0:
+            raise ValueError(f"{where}: category={given!r}: must be a class label, an integer of at least 0")
+        area = w * h if row.get("area") is None else float(row["area"])
+        if not (math.isfinite(area) and area >= 0):
+            raise ValueError(f"{where}: area={area}: must be a finite number of at least 0")
+        centre_and_size = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+        boxes.append([side / unit for side, unit in zip(centre_and_size, (width, height) * 2, strict=True)])
+        classes.append(label)
+        areas.append(area * pixel_ratio)
+    label = {
+        "image_id": torch.tensor([image_id]),
+        "class_labels": torch.tensor(classes, dtype=torch.int64),
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "area": torch.tensor(areas, dtype=torch.float32),
+        "iscrowd": torch.zeros(len(classes), dtype=torch.int64),
+        "orig_size": torch.tensor(orig_size),
+        "size": torch.tensor(size),
+    }
+    return {name: value.to(resized.device) for name, value in label.items()}
+
+
+def _integer(value) -> int | None:
+    """Return a whole number (7, 7.0, a 0-d array or tensor) as an int, anything else as None."""
+    try:
+        return int(value) if int(value) == value else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _rows(objects: dict | list, image_id: int) -> list[dict]:
+    """Return annotations as a list of dicts, whether they come as that or as a dict of lists."""
+    if not isinstance(objects, dict):
+        return list(objects)
+    objects = {name: column for name, column in objects.items() if column is not None}
+    lengths = {name: len(column) for name, column in objects.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"image_id {image_id}: objects must have lists of one length, got {lengths}")
+    return [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
+
+
+__all__ = ["DrmmImageProcessor", "DrmmImageProcessorKwargs"]
