@@ -1,0 +1,171 @@
+"""The bundle: a folder that a machine without this package loads with `trust_remote_code=True`."""
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from drmm_hf import DrmmConfig, DrmmForObjectDetection, DrmmImageProcessor, DrmmModel
+from drmm_hf.hub import save_bundle
+
+
+# Runs in a fresh process in which importing drmm_hf fails, as on a machine that never heard of it.
+ELSEWHERE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "drmm_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+folder, threads = sys.argv[1:]
+
+import numpy as np, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForObjectDetection, pipeline
+
+torch.set_num_threads(int(threads))
+model = AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+image = np.load(f"{folder}/../picture.npy")
+inputs = processor(images=[image], return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs)
+result = processor.post_process_object_detection(outputs, 0.1, [image.shape[:2]])[0]
+detector = pipeline("object-detection", model=folder, trust_remote_code=True)
+answer = {
+    "inputs": dict(inputs),
+    "outputs": {name: value for name, value in outputs.items() if torch.is_tensor(value)},
+    "result": result,
+    "detections": detector(Image.fromarray(image), threshold=0.1),
+    "modules": [type(part).__module__ for part in (model, processor, base)],
+    "imported": sorted(name for name in sys.modules if name.partition(".")[0] == "drmm_hf"),
+    "state": base.state_dict(),
+}
+torch.save(answer, f"{folder}/../answer.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = DrmmConfig(
+        num_queries=6,
+        proposal_grid=[2, 3],
+        num_stages=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=32,
+        dynamic_size=4,
+        id2label={0: "circle", 1: "square", 2: "star"},
+        backbone_config={
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 8, 8],
+            "depths": [1, 1, 1, 1],
+            "layer_type": "basic",
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+    )
+    return DrmmForObjectDetection(config).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return DrmmImageProcessor(size={"shortest_edge": 40, "longest_edge": 66})
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_same_numbers_where_the_package_is_absent(model, processor, tmp_path):
+    folder = tmp_path / "bundle"
+    save_bundle(model, processor, folder)
+    image = np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8)
+    np.save(tmp_path / "picture.npy", image)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(folder), str(torch.get_num_threads())],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = torch.load(tmp_path / "answer.pt")
+    assert answer["imported"] == []
+    assert all(module.startswith("transformers_modules.") for module in answer["modules"])
+
+    # Read from the same file: weights mapped at other addresses may take another path through the BLAS library,
+    # which moves the last bit.
+    here = DrmmForObjectDetection.from_pretrained(folder).eval()
+    inputs = processor(images=[image], return_tensors="pt")
+    with torch.no_grad():
+        outputs = here(**inputs)
+    result = processor.post_process_object_detection(outputs, 0.1, [image.shape[:2]])[0]
+    assert len(result["scores"]) > 0
+    expected = {"inputs": inputs, "outputs": outputs, "result": result, "state": model.model.state_dict()}
+    for part, tensors in expected.items():
+        tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}
+        assert answer[part].keys() == tensors.keys(), part
+        for name, tensor in tensors.items():
+            assert torch.equal(answer[part][name], tensor), (part, name)
+    assert [row["score"] for row in answer["detections"]] == result["scores"].tolist()
+
+
+def test_the_folder_is_what_transformers_would_publish(model, processor, tmp_path, monkeypatch):
+    save_bundle(model, processor, tmp_path / "ours")
+    monkeypatch.setattr(DrmmConfig, "_auto_class", "AutoConfig")
+    monkeypatch.setattr(DrmmForObjectDetection, "_auto_class", "AutoModelForObjectDetection")
+    monkeypatch.setattr(DrmmImageProcessor, "_auto_class", "AutoImageProcessor")
+    copy = DrmmForObjectDetection(deepcopy(model.config))
+    copy.load_state_dict(model.state_dict())
+    copy.save_pretrained(tmp_path / "theirs")
+    DrmmImageProcessor(**processor.to_dict()).save_pretrained(tmp_path / "theirs")
+
+    ours, theirs = ({path.name: path for path in (tmp_path / side).iterdir()} for side in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"config.json", "preprocessor_config.json"}:
+        assert ours[name].read_bytes() == theirs[name].read_bytes(), name
+    for name in ("config.json", "preprocessor_config.json"):
+        mine, other = read(tmp_path / "ours", name), read(tmp_path / "theirs", name)
+        assert mine.pop("auto_map").items() >= other.pop("auto_map").items()
+        assert mine == other
+
+
+def test_saving_a_bundle_changes_no_class_and_no_object(model, processor, tmp_path):
+    save_bundle(model, processor, tmp_path / "bundle")
+    assert [cls._auto_class for cls in (DrmmConfig, DrmmModel, DrmmForObjectDetection, DrmmImageProcessor)] == [
+        None
+    ] * 4
+    model.save_pretrained(tmp_path / "plain")
+    processor.save_pretrained(tmp_path / "plain")
+    assert {path.suffix for path in (tmp_path / "plain").iterdir()} == {".json", ".safetensors"}
+    for name in ("config.json", "preprocessor_config.json"):
+        assert "auto_map" not in read(tmp_path / "plain", name)
+
+
+def test_with_the_package_a_bundle_loads_its_classes(model, processor, tmp_path):
+    """No code of the folder is run, whether trusted or not."""
+    save_bundle(model, processor, tmp_path)
+    for trust in (None, True):
+        assert type(AutoModelForObjectDetection.from_pretrained(tmp_path, trust_remote_code=trust)) is type(model)
+        assert type(AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=trust)) is type(processor)
+
+
+def test_nothing_of_the_package_is_named_in_the_code(model, processor, tmp_path):
+    files = save_bundle(model, processor, tmp_path)
+    assert {"configuration_drmm.py", "modeling_drmm.py", "image_processing_drmm.py"} <= {file.name for file in files}
+    assert not [
+        file.name for file in files if "import drmm_hf" in file.read_text() or "from drmm_hf" in file.read_text()
+    ]
