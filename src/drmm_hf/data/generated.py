@@ -77,7 +77,7 @@ def generate_shapes(
         while len(shapes) < fewest:  # an unlucky large first object may leave no room
             shapes = _arrange(rng, image_size, num_objects, object_sizes, overlap)
         buffer = BytesIO()
-        Image.fromarray(_paint(rng, shapes, image_size, noise)).save(buffer, "png", compress_level=1)
+        Image.fromarray(_paint(rng, shapes, image_size, noise)).save(buffer, "png", compress_level=0)
         name = f"{index + 1:06d}.png"
         objects = [shape.annotation(next_id + position) for position, shape in enumerate(shapes)]
         next_id += len(objects)
@@ -111,7 +111,8 @@ class _Shape:
         scale = size / (2 * half.max())
         self.axes, self.turn = axes * scale, turn
         self.corners = None if kind == "ellipse" else (corners - (low + high) / 2) * scale  # relative to the centre
-        self.box = np.concatenate([centre - half * scale, centre + half * scale])  # x1, y1, x2, y2
+        self.half = half * scale
+        self.box = np.concatenate([centre - self.half, centre + self.half])  # x1, y1, x2, y2
 
     def patch(self, image_size: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
         """Return the part of the picture around the shape and the distances of its pixel centres to the outline.
@@ -134,6 +135,9 @@ class _Shape:
             distance = np.max(
                 [n[0] * x + n[1] * y - offset for n, offset in zip(normals, offsets, strict=True)], axis=0
             )
+        distance = np.maximum(
+            distance, np.maximum(np.abs(x) - self.half[0], np.abs(y) - self.half[1])
+        )  # sharp corners
         return (slice(top, bottom), slice(left, right)), distance
 
     def annotation(self, annotation_id: int) -> dict:

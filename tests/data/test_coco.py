@@ -1,0 +1,490 @@
+import json
+import logging
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Sequence, Value, load_from_disk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from drmm_hf.data.coco import (
+    FEATURES,
+    canonical_dataset,
+    categories,
+    coco_paths,
+    load_coco,
+    load_detection_dataset,
+    prove_box_format,
+    save_coco,
+)
+
+
+def rows_of(dataset):
+    return list(dataset.remove_columns("image"))
+
+
+# COCO files ----------------------------------------------------------------------------------------------------------
+
+
+def test_ids_crowds_areas_and_order_are_untouched(coco_folder, content):
+    folder, _ = coco_folder
+    dataset = load_detection_dataset(folder, "val")
+    assert dataset.features == FEATURES
+    assert categories(dataset) == content["categories"]
+    rows = rows_of(dataset)
+    assert [(row["image_id"], row["file_name"], row["width"], row["height"]) for row in rows] == [
+        (7, "b.png", 40, 30),
+        (3, "sub/a.jpg", 20, 50),
+        (11, "empty.png", 8, 8),
+    ]
+    assert rows[0]["objects"] == [
+        {"id": 5, "category_id": 90, "bbox": [0.0, 0.0, 40.0, 30.0], "area": 600.0, "iscrowd": 1},
+        {"id": 8, "category_id": 4, "bbox": [5.0, 6.0, 7.0, 8.0], "area": 56.0, "iscrowd": 0},
+    ]
+    assert rows[1]["objects"] == [
+        {"id": 21, "category_id": 4, "bbox": [1.0, 2.0, 10.5, 20.0], "area": 99.5, "iscrowd": 0}
+    ]
+    assert rows[2]["objects"] == []
+    assert dataset[0]["image"].size == (40, 30)
+
+
+def test_pictures_are_decoded_on_access_only(coco_folder):
+    folder, _ = coco_folder
+    (folder / "val" / "b.png").write_bytes(b"not a picture")
+    dataset = load_coco(folder / "annotations" / "instances_val.json", folder / "val")
+    assert dataset[1]["image"].size == (20, 50)
+    with pytest.raises(OSError, match="cannot identify"):
+        dataset[0]
+
+
+def test_categories_survive_what_datasets_does(coco_folder, tmp_path, content):
+    folder, _ = coco_folder
+    dataset = load_detection_dataset(folder, "val")
+    dataset.save_to_disk(tmp_path / "saved")
+    derived = [
+        dataset.select([1]),
+        dataset.shuffle(seed=0),
+        dataset.filter(lambda objects: len(objects) > 0, input_columns="objects"),
+        dataset.map(lambda width: {"width": width + 1}, input_columns="width"),
+        dataset.cast_column("image", datasets.Image(decode=False)),
+        datasets.concatenate_datasets([dataset, dataset]),
+        load_from_disk(tmp_path / "saved"),
+    ]
+    for other in derived:
+        assert categories(other) == content["categories"]
+    with pytest.raises(ValueError, match="carries no categories"):
+        categories(Dataset.from_dict({"a": [1]}))
+
+
+@pytest.mark.parametrize("place", ["val", "images/val", "images", ""])
+def test_every_usual_place_of_the_pictures(tmp_path, coco_folder, place):
+    folder, _ = coco_folder
+    pictures = folder / "val"
+    if place == "":
+        for path in pictures.iterdir():
+            path.rename(folder / path.name)
+        pictures.rmdir()
+    elif place != "val":
+        (folder / "images").mkdir()
+        if place == "images":
+            (folder / "images").rmdir()
+        pictures.rename(folder / place)
+    annotation_file, image_dir = coco_paths(folder, "val")
+    assert image_dir == folder / place
+    assert len(load_detection_dataset(str(folder), "val")) == 3
+
+
+def test_json_and_folder_pair(coco_folder, tmp_path):
+    folder, _ = coco_folder
+    elsewhere = tmp_path / "elsewhere" / "my.json"
+    elsewhere.parent.mkdir()
+    os.rename(folder / "annotations" / "instances_val.json", elsewhere)
+    dataset = load_detection_dataset(folder, "whatever", annotations=elsewhere, images=folder / "val")
+    assert len(dataset) == 3
+    with pytest.raises(ValueError, match="give annotations as well"):
+        load_detection_dataset(folder, "val", images=folder / "val")
+    with pytest.raises(FileNotFoundError, match=r"my\.json: picture 'b\.png' is in none of .*train"):
+        load_detection_dataset(folder, "train", annotations=elsewhere)
+
+
+def test_unknown_split_lists_the_known_ones(coco_folder):
+    folder, _ = coco_folder
+    with pytest.raises(ValueError, match=r"split 'test' is not in .*annotations: it has \['val'\]"):
+        load_detection_dataset(folder, "test")
+
+
+def test_arguments_of_other_sources_are_refused(coco_folder):
+    folder, _ = coco_folder
+    with pytest.raises(ValueError, match="bbox_format does not apply"):
+        load_detection_dataset(folder, "val", bbox_format="xyxy")
+    with pytest.raises(ValueError, match="categories does not apply"):
+        load_detection_dataset(folder, "val", categories=[])
+
+
+BROKEN = {
+    "unknown image": (("annotations", 1, "image_id", 99), r"annotations\[1\] \(id 5\): image_id 99 is not among"),
+    "image id missing": (("annotations", 1, "image_id", None), r"annotations\[1\].*image_id is None"),
+    "unknown category": (
+        ("annotations", 0, "category_id", 1),
+        r"annotations\[0\] \(id 21\): category_id 1 .*\[4, 90\]",
+    ),
+    "three numbers": (("annotations", 2, "bbox", [1, 2, 3]), r"annotations\[2\] \(id 8\): bbox is \[1, 2, 3\]"),
+    "nan": (
+        ("annotations", 2, "bbox", [1, 2, 3, float("nan")]),
+        r"annotations\[2\] \(id 8\): bbox .* 4 finite numbers",
+    ),
+    "infinite": (
+        ("annotations", 2, "bbox", [1, 2, 3, float("inf")]),
+        r"annotations\[2\] \(id 8\): bbox .* 4 finite numbers",
+    ),
+    "text": (("annotations", 2, "bbox", [1, 2, 3, "4"]), r"annotations\[2\] \(id 8\): bbox .* 4 finite numbers"),
+    "no box": (("annotations", 2, "bbox", None), r"annotations\[2\] \(id 8\): bbox is None"),
+    "area": (("annotations", 2, "area", "big"), r"annotations\[2\] \(id 8\): area is 'big'"),
+    "crowd flag": (("annotations", 2, "iscrowd", 2), r"annotations\[2\] \(id 8\): iscrowd is 2, must be 0 or 1"),
+    "annotation id twice": (("annotations", 2, "id", 5), r"annotations\[2\] \(id 5\): the id is taken by .*\[1\]"),
+    "annotation id missing": (("annotations", 2, "id", None), r"annotations\[2\] \(id None\): id is None"),
+    "image id twice": (("images", 1, "id", 7), r"images\[1\] \(id 7\): the id is taken by 'b.png'"),
+    "image id text": (("images", 1, "id", "a"), r"images\[1\] \(id 'a'\): id is 'a', must be an integer"),
+    "no width": (("images", 1, "width", None), r"images\[1\] \(id 3\): width is None"),
+    "no height": (("images", 1, "height", 0), r"images\[1\] \(id 3\): height is 0, must be at least 1"),
+    "no name": (("images", 1, "file_name", None), r"images\[1\] \(id 3\): file_name is None"),
+    "category id twice": (("categories", 1, "id", 90), r"categories\[1\]: id 90 is taken by 'crab'"),
+    "category name": (("categories", 1, "name", 3), r"categories\[1\]: name is 3"),
+    "not a record": (("annotations", 1, None, 5), r"annotations\[1\] is 5, must be an object"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_errors_name_the_file_and_the_annotation(coco_folder, content, case):
+    (section, position, key, value), message = BROKEN[case]
+    if key is None:
+        content[section][position] = value
+    else:
+        content[section][position][key] = value
+    folder = coco_folder[1](content)
+    with pytest.raises(ValueError, match=r"instances_val\.json: " + message):
+        load_detection_dataset(folder, "val")
+
+
+def test_bad_files(coco_folder, content):
+    folder, write = coco_folder
+    path = folder / "annotations" / "instances_val.json"
+    for text, message in [("{", "not valid json"), ("[]", "no list 'images'"), ('{"images": []}', "no list 'annot")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"instances_val\.json.*{message}"):
+            load_detection_dataset(folder, "val")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not valid json"):
+        load_detection_dataset(folder, "val")
+    write(content | {"categories": []})
+    with pytest.raises(ValueError, match="categories is empty"):
+        load_detection_dataset(folder, "val")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json does not exist"):
+        load_coco(folder / "nothing.json", folder)
+
+
+def test_missing_pictures_are_counted_and_named(coco_folder):
+    folder, _ = coco_folder
+    (folder / "val" / "sub" / "a.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 pictures .*'sub/a\.jpg' \(image 3\)"):
+        load_detection_dataset(folder, "val")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/etc/hostname"])
+def test_file_names_cannot_leave_the_folder(coco_folder, content, name):
+    content["images"][1]["file_name"] = name
+    folder = coco_folder[1](content)
+    Image.new("RGB", (20, 50)).save(folder / "secret.png")
+    with pytest.raises(ValueError, match=r"images\[1\] \(id 3\): file_name .* leaves the image folder"):
+        load_detection_dataset(folder, "val")
+    dataset = one_picture_named(name)
+    with pytest.raises(ValueError, match="leaves the image folder"):
+        save_coco(dataset, folder / "out", "val")
+
+
+def one_picture_named(name):
+    row = {"image_id": 1, "file_name": name, "image": Image.new("RGB", (4, 4)), "width": 4, "height": 4, "objects": []}
+    return canonical_dataset([row], [{"id": 1, "name": "a"}])
+
+
+@pytest.mark.parametrize("bbox", [[5, 6, 0, 8], [5, 6, 7, -1], [40, 0, 5, 5], [-9, 0, 9, 9]])
+def test_boxes_without_area_are_an_error_or_counted(coco_folder, content, caplog, bbox):
+    content["annotations"][2]["bbox"] = bbox
+    folder = coco_folder[1](content)
+    with pytest.raises(ValueError, match=r"1 of 3 boxes have no area inside .*\n.*annotations\[2\] \(id 8\)"):
+        load_detection_dataset(folder, "val")
+    with caplog.at_level(logging.WARNING, logger="drmm_hf"):
+        dataset = load_detection_dataset(folder, "val", invalid="skip")
+    assert [item["id"] for row in rows_of(dataset) for item in row["objects"]] == [5, 21]
+    assert "1 of 3 boxes" in caplog.text
+    with pytest.raises(ValueError, match="invalid is 'drop'"):
+        load_detection_dataset(folder, "val", invalid="drop")
+
+
+def test_boxes_that_overshoot_a_little_are_kept_as_they_are(coco_folder, content):
+    content["annotations"][2]["bbox"] = [-0.5, -1, 41, 32]
+    folder = coco_folder[1](content)
+    assert rows_of(load_detection_dataset(folder, "val"))[0]["objects"][1]["bbox"] == [-0.5, -1.0, 41.0, 32.0]
+
+
+finite = st.floats(-1000, 1000, allow_nan=False)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(finite, finite, st.floats(1e-3, 900), st.floats(1e-3, 900), st.integers(0, 1), finite),
+            max_size=4,
+        ),
+        max_size=3,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_saved_folder_reads_back_bit_equal(tmp_path, pictures, random):
+    ids = iter(random.sample(range(1, 10**12), 50))
+    rows = [
+        {
+            "image_id": next(ids),
+            "file_name": f"deep/{position}.png",
+            "image": Image.new("RGB", (9, 7), (position, 0, 0)),
+            "width": 9,
+            "height": 7,
+            "objects": [
+                {
+                    "id": next(ids),
+                    "category_id": random.choice([90, 4]),
+                    "bbox": [min(x, 8.0), min(y, 6.0), w + max(0, -x), h + max(0, -y)],
+                    "area": area,
+                    "iscrowd": crowd,
+                }
+                for x, y, w, h, crowd, area in items
+            ],
+        }
+        for position, items in enumerate(pictures)
+    ]
+    names = [{"id": 90, "name": "crab"}, {"id": 4, "name": "newt"}]
+    dataset = canonical_dataset(rows, names)
+    save_coco(dataset, tmp_path, "part")
+    again = load_detection_dataset(tmp_path, "part")
+    assert rows_of(again) == rows_of(dataset)
+    assert categories(again) == names
+    for first, second in zip(dataset, again, strict=True):
+        assert np.array_equal(np.asarray(first["image"]), np.asarray(second["image"]))
+
+
+def test_saved_folder_is_what_pycocotools_reads(coco_folder, tmp_path, content):
+    from pycocotools.coco import COCO
+
+    dataset = load_detection_dataset(coco_folder[0], "val")
+    path = save_coco(dataset, tmp_path / "copy", "test")
+    assert path == tmp_path / "copy" / "annotations" / "instances_test.json"
+    truth = COCO(str(path))
+    assert {image["id"] for image in truth.loadImgs(truth.getImgIds())} == {7, 3, 11}
+    assert truth.loadAnns(21)[0] == {"image_id": 3} | rows_of(dataset)[1]["objects"][0]
+    assert truth.getCatIds() == [90, 4]
+    original, copied = (root / "sub" / "a.jpg" for root in (coco_folder[0] / "val", tmp_path / "copy" / "test"))
+    assert original.read_bytes() == copied.read_bytes()
+
+
+def test_equal_file_names_are_not_overwritten(tmp_path):
+    dataset = one_picture_named("a.png")
+    with pytest.raises(ValueError, match="'a.png' occurs twice"):
+        save_coco(datasets.concatenate_datasets([dataset, dataset]), tmp_path, "val")
+
+
+# `datasets` sources --------------------------------------------------------------------------------------------------
+
+
+SIZE = (64, 48)  # width, height
+BOXES = [[[3.0, 20.0, 20.0, 16.0], [40.0, 5.0, 20.0, 30.0]], [], [[10.0, 30.0, 12.0, 14.0], [2.0, 3.0, 60.0, 40.0]]]
+NAMES = ["newt", "crab"]
+TO = {
+    "xywh": lambda x, y, w, h: [x, y, w, h],
+    "xyxy": lambda x, y, w, h: [x, y, x + w, y + h],
+    "cxcywh": lambda x, y, w, h: [x + w / 2, y + h / 2, w, h],
+}
+
+
+def hub_like(tmp_path, layout="dict", category="category", kind="ClassLabel", box_format="xywh", **extra):
+    """Write a parquet dataset as the Hub holds them; returns its folder."""
+    feature = {"ClassLabel": ClassLabel(names=NAMES), "int": Value("int64"), "string": Value("string")}[kind]
+    entry = {"ClassLabel": lambda i: i, "int": lambda i: 10 + i, "string": lambda i: NAMES[i]}[kind]
+    fields = {"bbox": List(Value("float32"), length=4), category: feature}
+    columns = {"bbox": lambda i, box: TO[box_format](*box), category: lambda i, box: entry(i % 2)}
+    if extra.get("area", True):
+        fields["area"], columns["area"] = Value("float64"), lambda i, box: box[2] * box[3] * extra.get("fill", 1.0)
+    if extra.get("iscrowd"):
+        fields["iscrowd"], columns["iscrowd"] = Value("int64"), lambda i, box: i % 2
+    rows = []
+    for boxes in BOXES:
+        if layout == "dict":
+            rows.append({name: [make(i, box) for i, box in enumerate(boxes)] for name, make in columns.items()})
+        else:
+            rows.append([{name: make(i, box) for name, make in columns.items()} for i, box in enumerate(boxes)])
+    features = {"image": datasets.Image(), "objects": Sequence(fields) if layout == "dict" else List(fields)}
+    data = {"image": [Image.new("RGB", SIZE, (i, 0, 0)) for i in range(3)], "objects": rows}
+    if extra.get("image_id", True):
+        features["image_id"], data["image_id"] = Value("int64"), [100, 50, 75]
+    if extra.get("size", True):
+        features |= {"width": Value("int32"), "height": Value("int32")}
+        data |= {"width": [SIZE[0]] * 3, "height": [SIZE[1]] * 3}
+    dataset = Dataset.from_dict(data, features=Features(features))
+    (tmp_path / "data").mkdir(exist_ok=True)
+    dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("layout", ["dict", "list"])
+@pytest.mark.parametrize("category", ["category", "category_id"])
+def test_both_layouts_and_both_category_keys(tmp_path, layout, category):
+    folder = hub_like(tmp_path, layout, category, iscrowd=True)
+    dataset = load_detection_dataset(folder, "train", bbox_format="xywh")
+    assert dataset.features == FEATURES
+    assert categories(dataset) == [{"id": 0, "name": "newt"}, {"id": 1, "name": "crab"}]
+    rows = rows_of(dataset)
+    assert [row["image_id"] for row in rows] == [100, 50, 75]
+    assert [[item["bbox"] for item in row["objects"]] for row in rows] == BOXES
+    assert [item["iscrowd"] for row in rows for item in row["objects"]] == [0, 1, 0, 1]
+    assert [item["category_id"] for row in rows for item in row["objects"]] == [0, 1, 0, 1]
+    assert [item["id"] for row in rows for item in row["objects"]] == [1, 2, 3, 4]
+    assert len({row["file_name"] for row in rows}) == 3
+    assert np.asarray(dataset[2]["image"])[0, 0].tolist() == [2, 0, 0]
+
+
+@pytest.mark.parametrize("box_format", TO)
+@pytest.mark.parametrize("fill", [1.0, 0.4])
+def test_box_formats_are_proven_or_given(tmp_path, box_format, fill):
+    folder = hub_like(tmp_path, box_format=box_format, fill=fill)
+    for argument in (None, box_format):
+        dataset = load_detection_dataset(folder, "train", bbox_format=argument)
+        assert [[item["bbox"] for item in row["objects"]] for row in rows_of(dataset)] == BOXES
+
+
+def test_missing_columns_are_worked_out(tmp_path):
+    folder = hub_like(tmp_path, box_format="xyxy", area=False, image_id=False, size=False)
+    rows = rows_of(load_detection_dataset(folder, "train", bbox_format="xyxy"))
+    assert [row["image_id"] for row in rows] == [0, 1, 2]
+    assert {(row["width"], row["height"]) for row in rows} == {SIZE}
+    assert [item["area"] for row in rows for item in row["objects"]] == [320.0, 600.0, 168.0, 2400.0]
+
+
+@pytest.mark.parametrize("kind", ["int", "string"])
+def test_categories_without_class_label(tmp_path, kind, caplog):
+    folder = hub_like(tmp_path, kind=kind)
+    with caplog.at_level(logging.WARNING, logger="drmm_hf"):
+        dataset = load_detection_dataset(folder, "train")
+    found = [item["category_id"] for row in rows_of(dataset) for item in row["objects"]]
+    if kind == "int":
+        assert categories(dataset) == [{"id": 10, "name": "10"}, {"id": 11, "name": "11"}]
+        assert found == [10, 11, 10, 11]
+    else:  # sorted by name
+        assert categories(dataset) == [{"id": 0, "name": "crab"}, {"id": 1, "name": "newt"}]
+        assert found == [1, 0, 1, 0]
+    assert "names no categories" in caplog.text
+    given_ids = (11, 10) if kind == "int" else (5, 3)
+    records = [{"id": given_ids[0], "name": "crab"}, {"id": given_ids[1], "name": "newt"}]
+    dataset = load_detection_dataset(folder, "train", categories=records)
+    assert categories(dataset) == records
+    found = [item["category_id"] for row in rows_of(dataset) for item in row["objects"]]
+    assert found == ([10, 11, 10, 11] if kind == "int" else [3, 5, 3, 5])
+    with pytest.raises(ValueError, match=r"row 0 \(image 100\), objects\[0\]: category_id"):
+        load_detection_dataset(folder, "train", categories=[{"id": given_ids[0], "name": "crab"}])
+
+
+def test_categories_are_those_of_all_splits():
+    objects = Sequence({"bbox": List(Value("float64"), length=4), "category": Value("string")})
+    features = Features({"image": datasets.Image(), "objects": objects})
+
+    def part(names):
+        row = {"bbox": [[1.0, 2.0, 3.0, 4.0]] * len(names), "category": names}
+        return Dataset.from_dict({"image": [Image.new("RGB", SIZE)], "objects": [row]}, features=features)
+
+    from drmm_hf.data import coco
+
+    splits = DatasetDict(train=part(["b", "c"]), test=part(["a"]))
+    for split in splits:
+        dataset = coco._from_datasets(splits, split, "here", None, "xywh", "error")
+        assert [record["name"] for record in categories(dataset)] == ["a", "b", "c"]
+
+
+def test_imagefolder_with_metadata(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        lines = []
+        for i, boxes in enumerate(BOXES):
+            Image.new("RGB", SIZE).save(tmp_path / split / f"{i}.png")
+            lines.append({"file_name": f"{i}.png", "objects": {"bbox": boxes, "category": [i] * len(boxes)}})
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    dataset = load_detection_dataset(tmp_path, "test", bbox_format="xywh")
+    assert [row["file_name"] for row in rows_of(dataset)] == ["0.png", "1.png", "2.png"]
+    assert [[item["bbox"] for item in row["objects"]] for row in rows_of(dataset)] == BOXES
+    assert [record["id"] for record in categories(dataset)] == [0, 2]
+    assert Path(dataset.cast_column("image", datasets.Image(decode=False))[0]["image"]["path"]).is_file()
+    with pytest.raises(ValueError, match=r"split 'val' is not in .*\['test', 'train'\]"):
+        load_detection_dataset(tmp_path, "val", bbox_format="xywh")
+
+
+def test_errors_of_datasets_sources(tmp_path):
+    from drmm_hf.data import coco
+
+    folder = hub_like(tmp_path)
+    with pytest.raises(ValueError, match="bbox_format is 'yxyx'"):
+        load_detection_dataset(folder, "train", bbox_format="yxyx")
+    splits = DatasetDict(train=Dataset.from_dict({"picture": [1]}))
+    with pytest.raises(ValueError, match=r"has no column 'image': it has \['picture'\]"):
+        coco._from_datasets(splits, "train", "here", None, None, "error")
+    features = Features(
+        {
+            "image": datasets.Image(),
+            "objects": {"bbox": List(List(Value("float64"))), "category": List(Value("int64"))},
+        }
+    )
+    bad = {"image": [Image.new("RGB", SIZE)], "objects": [{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": [1, 2]}]}
+    splits = DatasetDict(train=Dataset.from_dict(bad, features=features))
+    with pytest.raises(ValueError, match=r"here, split train, row 0: the lists of objects differ in length"):
+        coco._from_datasets(splits, "train", "here", None, "xywh", "error")
+    bad["objects"] = [{"bbox": [[1.0, 2.0, 3.0]], "category": [1]}]
+    splits = DatasetDict(train=Dataset.from_dict(bad, features=features))
+    with pytest.raises(ValueError, match=r"row 0 \(image 0\), objects\[0\]: bbox .* 4 finite numbers"):
+        coco._from_datasets(splits, "train", "here", None, "xywh", "error")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(sorted(TO)), st.integers(1, 60), st.sampled_from(["box", "mask", None]))
+def test_a_wrong_box_format_is_never_proven(seed, box_format, count, area_kind):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(20, 800, (count, 2))  # height, width
+    corners = np.sort(rng.random((count, 2, 2)), axis=1) * sizes[:, None, ::-1]
+    x1, y1, x2, y2 = (corners[:, 0, 0], corners[:, 0, 1], corners[:, 1, 0], corners[:, 1, 1])
+    width, height = x2 - x1 + 1e-3, y2 - y1 + 1e-3
+    boxes = np.array([TO[box_format](*box) for box in np.stack([x1, y1, width, height], axis=1)])
+    areas = {"box": width * height, "mask": width * height * rng.uniform(0.1, 0.9, count), None: None}[area_kind]
+    try:
+        assert prove_box_format(boxes, sizes, areas) == box_format
+    except ValueError as error:
+        assert "not proven" in str(error)
+
+
+@pytest.mark.parametrize("box_format", TO)
+def test_enough_boxes_do_prove_their_format(box_format):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.random((300, 2, 2)), axis=1) * (640, 480)
+    boxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1)
+    given_boxes = np.array([TO[box_format](*box) for box in boxes])
+    assert prove_box_format(given_boxes, np.tile((480, 640), (300, 1))) == box_format
+
+
+def test_boxes_that_fit_two_formats_prove_none():
+    boxes = np.tile((30.0, 20.0, 5.0, 4.0), (100, 1))  # xywh or cxcywh
+    with pytest.raises(ValueError, match=r"100 boxes \(0 contradict xywh, 100 contradict xyxy, 0 contradict cxcywh\)"):
+        prove_box_format(boxes, np.tile((48, 64), (100, 1)), np.full(100, 20.0))
