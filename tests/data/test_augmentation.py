@@ -1,0 +1,206 @@
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from drmm_hf.data import augmentation
+from drmm_hf.data.augmentation import RandomSizeCrop, build_augmentation
+
+
+PRESETS = ("none", "flip", "flip_multiscale", "paper", "small_data")
+SMALL = {"short_edges": (48, 64, 80), "max_long_edge": 100}
+
+
+def picture(height, width, cells, fills=None):
+    """Paint one colour an object into the cells of a 4 x 4 grid; what belongs to an object follows from its id."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    boxes, ids = [], []
+    for cell in cells:
+        row, column = divmod(cell, 4)
+        top, bottom = row * height // 4 + 1, (row + 1) * height // 4 - 1
+        left, right = column * width // 4 + 1, (column + 1) * width // 4 - 1
+        image[:, top:bottom, left:right] = 60 + 12 * cell
+        boxes.append([left, top, right, bottom])
+        ids.append(1000 + cell)
+    boxes, ids = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(ids, dtype=torch.int64)
+    return image, {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+        "labels": ids % 7,
+        "area": (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) * share(ids),
+        "iscrowd": ids % 2,
+        "ids": ids,
+    }
+
+
+def share(ids):
+    """The part of its box that an object covers."""
+    return (ids % 5 + 1) / 5
+
+
+def seeded(transform, seed, *inputs):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transform(*inputs)
+
+
+scenes = st.tuples(st.integers(24, 90), st.integers(24, 90), st.sets(st.integers(0, 15), max_size=8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(PRESETS), scenes, st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
+def test_everything_travels_with_its_box(preset, scene, seed, horizontal, vertical):
+    height, width, cells = scene
+    build = build_augmentation(preset, horizontal_flip=horizontal, vertical_flip=vertical, **SMALL)
+    if preset == "small_data":  # keep colours, which tell the objects apart
+        build.transform.transforms[0] = v2.Identity()
+    image, target = seeded(build, seed, *picture(height, width, sorted(cells)))
+    boxes, ids = target["boxes"].as_subclass(torch.Tensor), target["ids"]
+    assert image.dtype == torch.uint8
+    assert type(image) is torch.Tensor
+    assert {len(value) for value in target.values()} == {len(ids)}
+    assert target["boxes"].canvas_size == tuple(image.shape[-2:])
+    assert set(ids.tolist()) <= {1000 + cell for cell in cells}
+    assert torch.equal(target["labels"], ids % 7)
+    assert torch.equal(target["iscrowd"], ids % 2)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    torch.testing.assert_close(target["area"], sides.prod(1) * share(ids))
+    assert (sides >= 1).all()
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2:] <= torch.tensor(image.shape[:-3:-1])).all()
+    for (x, y), (w, h), number in zip((boxes[:, :2] + boxes[:, 2:]) / 2, sides, ids, strict=True):
+        if w > 4 and h > 4:  # beyond the reach of the resampling filter
+            assert abs(int(image[0, int(y), int(x)]) - (60 + 12 * (int(number) - 1000))) <= 3
+    if preset in ("none", "flip", "flip_multiscale"):
+        assert len(ids) == len(cells)
+
+
+@given(scenes)
+@settings(max_examples=30, deadline=None)
+def test_flips_are_involutions(scene):
+    height, width, cells = scene
+    image, target = picture(height, width, sorted(cells))
+    for sides in ({"horizontal_flip": 1.0}, {"horizontal_flip": 0.0, "vertical_flip": 1.0}):
+        flip = build_augmentation("flip", **sides)
+        once, once_target = flip(image, target)
+        twice, twice_target = flip(once, once_target)
+        assert torch.equal(once, image.flip(2 if sides["horizontal_flip"] else 1))
+        assert torch.equal(twice, image)
+        for key in target:
+            torch.testing.assert_close(twice_target[key], target[key], rtol=1e-5, atol=1e-4)
+
+
+def test_none_changes_nothing():
+    image, target = picture(40, 60, [1, 5])
+    after, after_target = build_augmentation("none")(image, target)
+    assert torch.equal(after, image)
+    for key in target:
+        torch.testing.assert_close(after_target[key], target[key])
+
+
+def test_boxes_that_overshoot_are_clipped_not_lost():
+    image, target = picture(40, 60, [0, 5])
+    target["boxes"][0] = torch.tensor([-2.0, -2.0, 14.0, 9.0])
+    _, after = build_augmentation("flip", horizontal_flip=0.0)(image, target)
+    assert after["ids"].tolist() == [1000, 1005]
+    assert after["boxes"][0].tolist() == [0.0, 0.0, 14.0, 9.0]
+
+
+@pytest.mark.parametrize("preset", ["flip_multiscale", "paper", "small_data"])
+def test_resized_pictures_have_the_sizes_asked_for(preset):
+    augment = build_augmentation(preset, short_edges=(64, 80), max_long_edge=100)
+    assert augment.resizes
+    shorter, longer = set(), set()
+    for seed in range(20):
+        image, _ = seeded(augment, seed, *picture(60, 60 if seed % 2 else 120, [1, 5, 9]))
+        shorter.add(min(image.shape[-2:]))
+        longer.add(max(image.shape[-2:]))
+    assert max(longer) <= 100
+    assert {64, 80} <= shorter | {size + 1 for size in shorter}  # torchvision rounds down
+    assert not any(build_augmentation(name).resizes for name in ("none", "flip"))
+
+
+@pytest.mark.parametrize(("height", "width"), [(700, 900), (500, 450), (300, 700), (384, 384)])
+def test_paper_crop_has_sides_of_384_to_600(height, width):
+    image = tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8))
+    _, target = picture(height, width, range(16))
+    crop, seen = RandomSizeCrop(384, 600), set()
+    for seed in range(30):
+        part, after = seeded(crop, seed, image, target)
+        for before, side in zip((height, width), part.shape[-2:], strict=True):
+            assert min(before, 384) <= side <= min(before, 600)
+        assert after["boxes"].canvas_size == tuple(part.shape[-2:])
+        seen.add(tuple(part.shape[-2:]))
+    assert (len(seen) > 10) == (max(height, width) > 384)
+
+
+def test_paper_preset_crops_about_half_of_the_pictures():
+    augment = build_augmentation("paper")
+    image, target = picture(480, 640, range(16))
+    kept = [len(seeded(augment, seed, image, target)[1]["ids"]) for seed in range(40)]
+    uncropped = sum(count == 16 for count in kept)
+    assert 10 <= uncropped <= 34  # half, and the crops that happen to touch all
+
+
+def test_presets_survive_pickling():
+    for preset in PRESETS:
+        augment = build_augmentation(preset, **SMALL)
+        again = pickle.loads(pickle.dumps(augment))
+        first, second = (seeded(a, 3, *picture(50, 70, [0, 3, 8])) for a in (augment, again))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1]["boxes"], second[1]["boxes"])
+
+
+def test_own_function_is_applied_and_areas_follow():
+    def double_and_drop_first(image, target):
+        image, target = v2.Resize((80, 120))(image, target)
+        return image, {key: target[key][1:] for key in target if key != "boxes"} | {
+            "boxes": tv_tensors.wrap(target["boxes"][1:], like=target["boxes"])
+        }
+
+    image, target = picture(40, 60, [2, 6, 7])
+    augment = build_augmentation(double_and_drop_first)
+    assert not augment.resizes
+    after, after_target = augment(image, target)
+    assert after.shape == (3, 80, 120)
+    assert after_target["ids"].tolist() == [1006, 1007]
+    torch.testing.assert_close(after_target["area"], target["area"][1:] * 4)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (lambda image, target: (image.float(), target), r"picture of torch.float32 .* must be torch.uint8"),
+        (
+            lambda image, target: (image[:, :9], target),
+            r"size \(9, 60\), must be .*canvas_size of its boxes, \(40, 60\)",
+        ),
+        (lambda image, target: (image, target | {"boxes": torch.zeros(2, 4)}), "must be BoundingBoxes"),
+        (lambda image, target: (image, target | {"labels": target["labels"][1:]}), "must match the number of labels"),
+    ],
+)
+def test_own_function_that_breaks_the_contract(own, message):
+    with pytest.raises(ValueError, match=message):
+        build_augmentation(own)(*picture(40, 60, [2, 6]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "mosaic"}, r"augmentation is 'mosaic', must be one of \['none', 'flip'"),
+        ({"horizontal_flip": 2}, "horizontal_flip is 2, must be a probability"),
+        ({"vertical_flip": -1}, "vertical_flip is -1"),
+        ({"short_edges": ()}, r"short_edges is \[\]"),
+        ({"short_edges": (800,), "max_long_edge": 640}, r"short_edges is \[800\], .* max_long_edge 640"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_augmentation(**{"preset": "flip", **arguments})
+
+
+def test_paper_short_edges():
+    assert augmentation.PAPER_SHORT_EDGES == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
