@@ -1,26 +1,30 @@
 """D-RMM: end-to-end multi-object detection with a regularized mixture model, for transformers.
 
-Importing the package registers its classes with the Auto classes and the object-detection pipeline.
+Importing the package registers its classes with transformers' Auto classes and object-detection pipeline.
 """
 
-from importlib import import_module
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+from .modeling.configuration_drmm import DrmmConfig
+from .modeling.image_processing_drmm import DrmmImageProcessor
+from .modeling.modeling_drmm import DrmmForObjectDetection, DrmmModel
+from .modeling.pipeline_drmm import DrmmObjectDetectionPipeline
 
 
 __version__ = "0.1.0"
 
-# Public names, resolved on first use.
-_SUBMODULES = {
-    "DrmmConfig": "modeling.configuration_drmm",
-    "DrmmForObjectDetection": "modeling.modeling_drmm",
-    "DrmmImageProcessor": "modeling.image_processing_drmm",
-    "DrmmModel": "modeling.modeling_drmm",
-    "DrmmObjectDetectionPipeline": "modeling.pipeline_drmm",
-}
+__all__ = [
+    "DrmmConfig",
+    "DrmmForObjectDetection",
+    "DrmmImageProcessor",
+    "DrmmModel",
+    "DrmmObjectDetectionPipeline",
+]
 
-__all__ = sorted(_SUBMODULES)
-
-
-def __getattr__(name: str):
-    if name not in _SUBMODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_SUBMODULES[name]}", __name__), name)
+AutoConfig.register("drmm", DrmmConfig, exist_ok=True)
+AutoModel.register(DrmmConfig, DrmmModel, exist_ok=True)
+AutoModelForObjectDetection.register(DrmmConfig, DrmmForObjectDetection, exist_ok=True)
+AutoImageProcessor.register(DrmmConfig, image_processor_classes={"torchvision": DrmmImageProcessor}, exist_ok=True)
+# The object-detection pipeline checks this table of names; without the entry it logs that the model is not supported.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["drmm"] = "DrmmForObjectDetection"

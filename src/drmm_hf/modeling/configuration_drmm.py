@@ -14,6 +14,7 @@ from transformers.utils import auto_docstring
 _LIBRARY_KEYWORDS = {
     "num_labels",
     "name_or_path",
+    "_name_or_path",
     "torch_dtype",
     "model_type",
     "auto_map",
