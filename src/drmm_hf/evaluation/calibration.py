@@ -40,6 +40,13 @@ class CalibrationResult:
             "bin_count": self.bin_count.tolist(),
         }
 
+    @classmethod
+    def from_dict(cls, numbers: Mapping[str, Any]) -> CalibrationResult:
+        """Read what `to_dict` wrote."""
+        bins = [np.array(numbers[name], dtype=float) for name in ("bin_edges", "bin_confidence", "bin_accuracy")]
+        ece = float("nan") if numbers["ece"] is None else numbers["ece"]
+        return cls(ece, *bins, np.array(numbers["bin_count"], dtype=int))
+
 
 def match_predictions(
     ground_truth: str | Path | Mapping[str, Any],

@@ -17,6 +17,29 @@ from .detections import Detections
 _WAITING_BATCHES = 4
 
 
+def load_detector(name: str, device: str | torch.device | None = None) -> tuple[torch.nn.Module, Any]:
+    """Load a detector and its image processor.
+
+    Args:
+        name (`str`): Folder or Hub id of any transformers object detector.
+        device (`str` or `torch.device`, *optional*): Where to put it. By default a GPU if there is one.
+
+    Returns:
+        `tuple[torch.nn.Module, Any]`: The model in evaluation mode and its processor.
+
+    Raises:
+        ValueError: If there is no detector of this name.
+    """
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    try:
+        model = AutoModelForObjectDetection.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model is {name!r}, which is no detector in a folder or on the Hub: {error}") from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+
+
 @torch.no_grad()
 def predict(
     model: torch.nn.Module,

@@ -73,8 +73,8 @@ def grid(images: Sequence[Image.Image], columns: int = 3, captions: Sequence[str
     """Lay pictures out in rows.
 
     Args:
-        images (`Sequence[Image.Image]`): Pictures of any size; each is shrunk to fit its cell, whose size is that of
-            the first.
+        images (`Sequence[Image.Image]`): Pictures of any size; each is resized to fit its cell, whose size is that of
+            the first, at most 1280 pixels.
         columns (`int`): Number of pictures in a row.
         captions (`Sequence[str]`, *optional*): A line of text above each picture.
 
@@ -88,7 +88,8 @@ def grid(images: Sequence[Image.Image], columns: int = 3, captions: Sequence[str
         raise ValueError("images is empty; a grid needs at least one.")
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    width, height = images[0].size
+    shrink = min(1.0, _LONG_EDGE / max(images[0].size))
+    width, height = round(images[0].width * shrink), round(images[0].height * shrink)
     gap = max(4, round(max(width, height) / 80))
     font = ImageFont.load_default(size=max(13, round(max(width, height) / 50)))
     head = round(font.size * 1.7) if captions else 0

@@ -1,0 +1,143 @@
+"""`drmm evaluate`: measure AP and calibration of a detector against untouched annotations."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import datasets
+
+_NUM_PICTURES = 4  # how many pictures are drawn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The command's parser.
+    """
+    parser.add_argument("model", help="folder or Hub id of any transformers object detector")
+    parser.add_argument("data", help="COCO folder, Hub id, image folder, or a COCO json file (with --images)")
+    parser.add_argument("--split", default="val", help="split of the data (default: val)")
+    parser.add_argument(
+        "--output", default="runs/evaluate", metavar="DIR", help="where to write (default: runs/evaluate)"
+    )
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="COCO json file, if not annotations/instances_SPLIT.json"
+    )
+    parser.add_argument("--images", metavar="DIR", help="image folder, if not one of the usual places")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
+    parser.add_argument("--top-k", type=int, default=100, metavar="K", help="predictions a picture (default: 100)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, write figures and pictures, and print a table in per cent.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments.
+
+    Returns:
+        `int`: 0.
+    """
+    from ..data.coco import coco_paths, load_detection_dataset
+    from ..evaluation.coco_metrics import ground_truth, load_annotations
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.predict import load_detector
+
+    is_file = args.annotations is None and args.data.endswith(".json")
+    source = str(Path(args.data).parent) if is_file else args.data
+    places = {"images": args.images, "annotations": args.data if is_file else args.annotations}
+    paths = coco_paths(source, args.split, **places)
+    # A box without area is an error in training data; here it counts in the untouched annotations as COCO counts it.
+    dataset = load_detection_dataset(source, args.split, **places, invalid="skip")
+    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    model, processor = load_detector(args.model, args.device)
+
+    metrics = evaluate(
+        model, processor, dataset, annotations, args.output, batch_size=args.batch_size, top_k=args.top_k
+    )
+    pictures = _draw(dataset, annotations, metrics, Path(args.output))
+    print(table(metrics))
+    print(f"written to {args.output}: metrics.json, detections.json, {', '.join(pictures)}")
+    return 0
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """Return the figures as lines of text, in per cent.
+
+    Args:
+        metrics (`Mapping`): From `drmm_hf.evaluation.evaluate.measure`.
+
+    Returns:
+        `str`: Precision, recall and calibration, then AP of each class, then the counts.
+    """
+    rows = [
+        ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+        ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+        ("ECE", "ECE_0.1"),
+    ]
+    lines = []
+    for names in rows:
+        lines.append("".join(f"{name:>9}" for name in names))
+        lines.append("".join(f"{_per_cent(metrics[name]):>9}" for name in names))
+    width = max(map(len, metrics["AP_per_class"]))
+    lines += ["", f"{'class':<{width}}  {'AP':>6}"]
+    lines += [f"{name:<{width}}  {_per_cent(value):>6}" for name, value in metrics["AP_per_class"].items()]
+    lines += [
+        "",
+        f"{metrics['num_images']} images, {metrics['num_ground_truths']} objects and {metrics['num_crowds']} crowds, "
+        f"{metrics['num_detections']} detections; figures in per cent",
+    ]
+    for name, text in (
+        ("num_boxes_without_size", "boxes without width or height were left out"),
+        ("num_other_labels", "detections of classes that the data does not have were left out"),
+    ):
+        if metrics[name]:
+            lines.append(f"{metrics[name]} {text}")
+    return "\n".join(lines)
+
+
+def _per_cent(value: float | None) -> str:
+    """Return a fraction in per cent."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _draw(
+    dataset: datasets.Dataset, annotations: Mapping[str, Any], metrics: Mapping[str, Any], output: Path
+) -> list[str]:
+    """Draw a few pictures, annotations on the left and detections on the right, and the reliability diagram."""
+    from transformers.utils import is_matplotlib_available
+
+    from ..data.labels import LabelMap
+    from ..evaluation.calibration import CalibrationResult
+    from ..evaluation.detections import Detections
+    from ..visualization.draw_boxes import draw_boxes, grid
+    from ..visualization.plots import reliability_diagram
+
+    label_map = LabelMap.from_categories(annotations["categories"])
+    detections = Detections.load(output / "detections.json", label_map, dataset["image_id"])
+    truth = [
+        {"image_id": record["image_id"], "category_id": record["category_id"], "bbox": record["bbox"], "score": 1.0}
+        for record in annotations["annotations"]
+    ]
+    objects = Detections.from_coco(truth, label_map, dataset["image_id"])
+    few = min(_NUM_PICTURES, len(dataset))
+    images, captions = [], []
+    for index in range(few):
+        row = dataset[index * len(dataset) // few]
+        annotated = {name: objects[row["image_id"]][name] for name in ("boxes", "labels")}
+        images += [
+            draw_boxes(row["image"], annotated, label_map.id2label),
+            draw_boxes(row["image"], detections[row["image_id"]], label_map.id2label),
+        ]
+        captions += [f"{row['file_name']}: annotations", "detections scoring 0.3 and more"]
+    grid(images, columns=2, captions=captions).save(output / "detections.jpg", quality=90)
+    if not is_matplotlib_available():
+        return ["detections.jpg"]
+    reliability_diagram(CalibrationResult.from_dict(metrics["reliability"]), output / "reliability.png")
+    return ["detections.jpg", "reliability.png"]

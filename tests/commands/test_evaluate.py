@@ -1,0 +1,81 @@
+"""`drmm evaluate`, from the command line to its files."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from drmm_hf.cli import main
+from drmm_hf.commands.evaluate import table
+from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics
+
+
+def test_figures_pictures_and_a_table_in_per_cent(model_folder, coco_folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["evaluate", str(model_folder), str(coco_folder), "--split", "val", "--output", str(output)]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    entries = json.loads((output / "detections.json").read_text())
+    assert set(METRIC_NAMES) | {"ECE", "ECE_0.1", "reliability", "AP_per_class"} < set(metrics)
+    assert metrics["num_images"] == 3 and metrics["num_detections"] == len(entries) > 0
+    assert {entry["category_id"] for entry in entries} <= {3, 8}
+    again = coco_metrics(coco_folder / "annotations" / "instances_val.json", entries)
+    assert {name: metrics[name] for name in METRIC_NAMES} == {name: again[name] for name in METRIC_NAMES}
+    assert ("query" in entries[0]) == ("drmm" in model_folder.name)
+    assert Image.open(output / "detections.jpg").width > 1000
+    assert Image.open(output / "reliability.png").width > 500
+    printed = capsys.readouterr().out
+    assert "square" in printed and f"{100 * metrics['ECE']:.2f}" in printed and "3 images, 2 objects" in printed
+
+
+def test_batch_size_changes_no_figure(model_folder, coco_folder, tmp_path):
+    written = []
+    for batch_size in ("1", "3"):
+        output = tmp_path / batch_size
+        arguments = [str(model_folder), str(coco_folder), "--output", str(output), "--batch-size", batch_size]
+        assert main(["evaluate", *arguments, "--device", "cpu"]) == 0
+        written.append(json.loads((output / "metrics.json").read_text()))
+    assert written[0]["ECE"] == pytest.approx(written[1]["ECE"], abs=1e-5)
+    assert written[0]["AP"] == pytest.approx(written[1]["AP"], abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["json as data", "options"])
+def test_a_json_and_an_image_folder_from_two_places(form, model_folder, coco_folder, tmp_path):
+    annotations, images = tmp_path / "a" / "truth.json", tmp_path / "b"
+    annotations.parent.mkdir()
+    shutil.copy(coco_folder / "annotations" / "instances_val.json", annotations)
+    shutil.copytree(coco_folder / "val", images)
+    data = [str(annotations)] if form == "json as data" else [str(tmp_path), "--annotations", str(annotations)]
+    output = tmp_path / "out"
+    arguments = [str(model_folder), *data, "--images", str(images), "--top-k", "2", "--output", str(output)]
+    assert main(["evaluate", *arguments]) == 0
+    assert json.loads((output / "metrics.json").read_text())["num_detections"] <= 6
+
+
+def test_what_is_wrong_is_said_in_words(model_folder, coco_folder, tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path / "nothing"), str(coco_folder)]) == 2
+    assert "no detector in a folder or on the Hub" in capsys.readouterr().err
+    assert main(["evaluate", str(model_folder), str(coco_folder), "--split", "test"]) == 2
+    assert "split 'test'" in capsys.readouterr().err
+
+    other = tmp_path / "other"
+    shutil.copytree(coco_folder, other)
+    path = other / "annotations" / "instances_val.json"
+    path.write_text(path.read_text().replace("square", "star"))
+    assert main(["evaluate", str(model_folder), str(other)]) == 2
+    assert "star" in capsys.readouterr().err
+    (other / "val" / "1.png").unlink()
+    assert main(["evaluate", str(model_folder), str(other)]) == 2
+    assert "1.png" in capsys.readouterr().err
+
+
+def test_the_table_shows_what_is_not_defined_and_what_was_left_out():
+    metrics = dict.fromkeys(METRIC_NAMES, 0.5) | {"APs": None, "ECE": 0.012, "ECE_0.1": None}
+    metrics |= {"AP_per_class": {"a long name": 0.123456, "b": None}, "num_images": 1, "num_ground_truths": 2}
+    metrics |= {"num_crowds": 0, "num_detections": 3, "num_boxes_without_size": 4, "num_other_labels": 0}
+    lines = table(metrics).splitlines()
+    assert lines[0].split() == list(METRIC_NAMES[:6])
+    assert lines[1].split() == ["50.00", "50.00", "50.00", "-", "50.00", "50.00"]
+    assert lines[5].split() == ["1.20", "-"]
+    assert "a long name   12.35" in lines and "b                 -" in lines
+    assert lines[-1] == "4 boxes without width or height were left out"

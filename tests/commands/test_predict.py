@@ -1,0 +1,59 @@
+"""`drmm predict`, from the command line to its files."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drmm_hf.cli import main
+from drmm_hf.commands.predict import find_pictures
+
+
+def test_boxes_as_json_and_drawn_pictures(model_folder, coco_folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    pictures = [str(coco_folder / "val" / "2.png"), str(coco_folder / "val")]
+    arguments = ["predict", str(model_folder), *pictures, "--output", str(output), "--threshold", "0", "--json"]
+    assert main(arguments) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert records == json.loads((output / "predictions.json").read_text())
+    assert [record["file"] for record in records] == [str(coco_folder / "val" / f"{i}.png") for i in (2, 0, 1)]
+    for record in records:
+        assert (record["width"], record["height"]) == Image.open(record["file"]).size
+        assert len(record["boxes"]) >= 6
+        scores = [entry["score"] for entry in record["boxes"]]
+        assert scores == sorted(scores, reverse=True)
+        assert {entry["label"] for entry in record["boxes"]} <= {"round", "square"}
+        assert ("box_scales" in record["boxes"][0]) == ("drmm" in model_folder.name)
+        drawn = Image.open(record["drawn"])
+        assert max(drawn.size) == 1280
+        plain = np.asarray(Image.open(record["file"]).resize(drawn.size, Image.Resampling.LANCZOS), dtype=int)
+        assert (abs(np.asarray(drawn, dtype=int) - plain).max(axis=-1) > 60).mean() > 0.001
+
+
+def test_the_threshold_hides(model_folder, coco_folder, tmp_path, capsys):
+    arguments = [str(model_folder), str(coco_folder / "val" / "0.png"), "--output", str(tmp_path), "--threshold", "1"]
+    assert main(["predict", *arguments]) == 0
+    assert json.loads((tmp_path / "predictions.json").read_text())[0]["boxes"] == []
+    assert "0.png (60x80): 0 objects" in capsys.readouterr().out
+
+
+def test_pictures_of_one_name_are_drawn_apart(model_folder, coco_folder, tmp_path):
+    shutil.copytree(coco_folder / "val", tmp_path / "again")
+    output = tmp_path / "out"
+    pictures = [str(coco_folder / "val" / "0.png"), str(tmp_path / "again" / "0.png")]
+    assert main(["predict", str(model_folder), *pictures, "--output", str(output)]) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["0.jpg", "0_2.jpg", "predictions.json"]
+
+
+def test_find_pictures_takes_files_and_folders_once(coco_folder, tmp_path):
+    folder = coco_folder / "val"
+    assert find_pictures([folder, folder / "1.png"]) == [folder / f"{index}.png" for index in range(3)]
+    (tmp_path / "text.txt").write_text("not a picture")
+    with pytest.raises(ValueError, match="text.txt is no picture"):
+        find_pictures([tmp_path / "text.txt"])
+    with pytest.raises(FileNotFoundError, match="holds no picture"):
+        find_pictures([tmp_path])
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        find_pictures([tmp_path / "nowhere"])
