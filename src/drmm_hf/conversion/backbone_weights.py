@@ -1,0 +1,141 @@
+"""The one route of pretrained weights into a detector's backbone."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .public_names import RESNET_NAMES, convert_state_dict
+
+
+logger = logging.getLogger(__name__)
+
+
+class BackboneReport(NamedTuple):
+    """What `load_backbone_weights` did.
+
+    Attributes:
+        source (`str`): the file or id.
+        loaded (`list[str]`): names of the backbone's tensors that were set: all of them.
+        left_over (`list[str]`): names in the source that the backbone does not have, such as a classifier's.
+        mean (`list[float]` or `None`): the backbone's own pixel mean on 0..1 values, where the source tells.
+        std (`list[float]` or `None`): likewise the standard deviation.
+    """
+
+    source: str
+    loaded: list[str]
+    left_over: list[str]
+    mean: list[float] | None
+    std: list[float] | None
+
+    def __str__(self):
+        normalization = "not told" if self.mean is None else f"mean {self.mean}, std {self.std}"
+        return (
+            f"backbone weights from {self.source}: {len(self.loaded)} tensors loaded, {len(self.left_over)} left over"
+            f"{' (' + ', '.join(self.left_over[:6]) + ')' if self.left_over else ''}; pixel {normalization}"
+        )
+
+
+def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) -> BackboneReport:
+    """Load pretrained weights into the backbone of a detector.
+
+    `TimmBackbone.from_pretrained` keeps convolutions but resets batch-norm statistics, and configurations can no longer
+    ask for weights at all; this loads every tensor of the backbone, statistics included, or fails.
+
+    Args:
+        model (`DrmmModel` or `DrmmForObjectDetection`): its backbone is changed in place.
+        source (`str` or `Path`): a safetensors file (names of timm, of transformers or of torchvision's ResNets), or
+            the id of a timm model ("timm/resnet50.a1_in1k", or a timm name for a timm backbone) or of a transformers
+            model.
+        processor (`DrmmImageProcessor`, *optional*): gets the backbone's own mean and std, where the source tells.
+
+    Returns:
+        `BackboneReport`: what was loaded and what was left over.
+
+    Raises:
+        FileNotFoundError: if `source` looks like a file and does not exist.
+        ValueError: if nothing fits, a tensor of the backbone stays without weights, a shape differs, or the
+            statistics of all batch norms are 0 and 1, which no trained network has.
+    """
+    backbone = getattr(model, "model", model).backbone.network
+    network = getattr(backbone, "_backbone", backbone)
+    weights, mean, std = _read(source, backbone)
+    own = network.state_dict()
+    matched = _match(weights, own, source)
+    wrong = [name for name, value in matched.items() if value.shape != own[name].shape]
+    if wrong:
+        shapes = f"{tuple(matched[wrong[0]].shape)} instead of {tuple(own[wrong[0]].shape)}"
+        raise ValueError(f"{source}: {len(wrong)} tensors have another shape than the backbone, {wrong[0]!r} {shapes}.")
+    _check_statistics(matched, network, source)
+    network.load_state_dict(matched, strict=False)
+    left_over = sorted(set(weights) - set(matched))
+    report = BackboneReport(str(source), sorted(matched), left_over, mean, std)
+    if processor is not None and mean is not None:
+        processor.image_mean, processor.image_std = list(mean), list(std)
+    logger.info(str(report))
+    return report
+
+
+def _read(source: str | Path, backbone: nn.Module) -> tuple[dict[str, Tensor], list[float] | None, list[float] | None]:
+    """Return the tensors of a file or Hub model and its pixel normalisation."""
+    path = Path(source)
+    name = getattr(backbone.config, "backbone", None)
+    if path.suffix == ".safetensors" or path.is_file():
+        if not path.is_file():
+            raise FileNotFoundError(f"backbone weights {str(source)!r} is not a file.")
+        return load_file(path), *_timm_normalization(name)
+    if name is not None or str(source).startswith("timm/"):
+        import timm
+
+        network = timm.create_model(f"hf-hub:{source}" if str(source).startswith("timm/") else source, pretrained=True)
+        return network.state_dict(), list(network.pretrained_cfg["mean"]), list(network.pretrained_cfg["std"])
+    from transformers import AutoImageProcessor, AutoModel
+
+    processor = AutoImageProcessor.from_pretrained(source)
+    weights = AutoModel.from_pretrained(source, dtype=torch.float32).state_dict()
+    return weights, list(processor.image_mean), list(processor.image_std)
+
+
+def _timm_normalization(name: str | None) -> tuple[list[float] | None, list[float] | None]:
+    """Return the mean and std that timm states for a model's default weights."""
+    if name is None:
+        return None, None
+    import timm
+
+    settings = timm.get_pretrained_cfg(name)
+    return (list(settings.mean), list(settings.std)) if settings is not None else (None, None)
+
+
+def _match(weights: dict[str, Tensor], own: dict[str, Tensor], source) -> dict[str, Tensor]:
+    """Pick the tensors of the backbone out of `weights`, by equal names or by those of torchvision's ResNets."""
+    prefixes = {"", "backbone.", "model."} | {f"{name.split('.')[0]}." for name in weights}
+    candidates = [{k.removeprefix(p): v for k, v in weights.items() if k.startswith(p)} for p in sorted(prefixes)]
+    if "conv1.weight" in weights:
+        resnet = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        candidates.append(convert_state_dict(resnet, RESNET_NAMES))
+    matched = max(({k: v for k, v in names.items() if k in own} for names in candidates), key=len)
+    missing = [name for name in own if name not in matched and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(
+            f"{source}: {len(missing)} of the backbone's {len(own)} tensors have no weights, the first {missing[0]!r}; "
+            f"the source's first name is {next(iter(weights), None)!r}. Is it of another architecture?"
+        )
+    return matched
+
+
+def _check_statistics(weights: dict[str, Tensor], network: nn.Module, source):
+    """Refuse weights whose batch norms were never trained."""
+    norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
+    untouched = [
+        bool((weights[f"{name}.running_mean"] == 0).all() and (weights[f"{name}.running_var"] == 1).all())
+        for name in norms
+    ]
+    if norms and all(untouched):
+        raise ValueError(
+            f"{source}: the statistics of all {len(norms)} batch norms are 0 and 1, as freshly initialised ones are; "
+            "a pretrained network has others."
+        )
