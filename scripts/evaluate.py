@@ -4,5 +4,6 @@ import sys
 
 from drmm_hf.cli import main
 
+
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

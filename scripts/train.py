@@ -4,5 +4,6 @@ import sys
 
 from drmm_hf.cli import main
 
+
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

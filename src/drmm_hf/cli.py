@@ -6,9 +6,13 @@ import argparse
 import sys
 from importlib import import_module
 
+
 COMMANDS = {
     "train": ("train a detector from a recipe", "drmm train scripts/recipes/quickstart.yaml --output runs/quickstart"),
-    "evaluate": ("measure AP and ECE of a detector", "drmm evaluate runs/quickstart/best DATA --split val --output OUT"),
+    "evaluate": (
+        "measure AP and ECE of a detector",
+        "drmm evaluate runs/quickstart/best DATA --split val --output OUT",
+    ),
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
 }
 
@@ -27,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (summary, example) in COMMANDS.items():
         command = subparsers.add_parser(
-            name, help=summary, description=f"{summary.capitalize()}.", epilog=f"example: {example}", allow_abbrev=False
+            name,
+            help=summary,
+            description=f"{summary.capitalize()}.",
+            epilog=f"example: {example}",
+            allow_abbrev=False,
         )
         command.add_argument("--debug", action="store_true", help="show where an error comes from")
         if name in argv[:1]:
@@ -39,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         args.fields = rest
     try:
         return import_module(f".commands.{args.command}", __package__).run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
         if args.debug:
             raise
         print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -18,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="yaml file with the sections model, data and training")
     parser.add_argument("--data", metavar="DIR", help="COCO folder, Hub id or image folder (data.source)")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (training.output_dir)")
-    parser.add_argument("--backbone-weights", metavar="FILE", help="safetensors file or model id of a trained backbone")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output folder")
+    parser.add_argument(
+        "--backbone-weights", metavar="FILE", help="safetensors file or model id of a trained backbone"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
     parser.set_defaults(fields=[])
 
 
@@ -49,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
     summary = train(recipe)
     if PartialState().is_main_process:
         output_dir = Path(recipe.training.output_dir)
-        print(", ".join(f"{name} {summary[name]:.3f}" for name in ("AP", "AP50", "AP75", "ECE") if summary[name] is not None))
-        print(f"{summary['steps']} steps, {summary['images']} images, {summary['seconds'] / 60:.1f} minutes: {output_dir}")
+        figures = {name: summary[name] for name in ("AP", "AP50", "AP75", "ECE")}
+        print("  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None))
+        print(f"{summary['steps']} steps, {summary['images']} images, {summary['seconds'] / 60:.1f} minutes")
+        print(f"{output_dir / 'best'} is the model; curves, log and summary lie beside it")
         _draw_curves(output_dir)
     return 0
 

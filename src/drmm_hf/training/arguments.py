@@ -70,6 +70,7 @@ class DataArguments:
     num_workers: int = 2
 
     def __post_init__(self):
+        """Check every field."""
         check_types(self, "data")
         for name in ("num_train_images", "num_val_images", "shortest_edge"):
             check(self, "data", name, getattr(self, name) >= 1, "must be at least 1")
@@ -164,6 +165,7 @@ class TrainingArguments:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self):
+        """Check every field."""
         check_types(self, "training")
         counts = ("batch_size", "accumulation_steps", "epochs", "max_steps", "save_every_steps", "keep_last")
         for name in (*counts, "log_every", "eval_batch_size"):

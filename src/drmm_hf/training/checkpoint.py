@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: model folders, and the complete state that resumes a run exactly.
 
-A checkpoint is an ordinary `save_pretrained` folder with its image processor, so `from_pretrained` reads it; the state of
-training (weights in training, optimiser, random numbers, progress, moving average) lies beside the model in
+A checkpoint is an ordinary `save_pretrained` folder with its image processor, so `from_pretrained` reads it; the state
+of training (weights in training, optimiser, random numbers, progress, moving average) lies beside the model in
 `training_state/`. A folder is written aside and renamed when complete: a killed process leaves the earlier one whole.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+
 
 STATE_FOLDER = "training_state"
 
@@ -102,7 +103,12 @@ def save_model(path: str | Path, model: nn.Module, processor: Any) -> None:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | Path, model: nn.Module, processor: Any, progress: Progress, keep_last: int
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    model: nn.Module,
+    processor: Any,
+    progress: Progress,
+    keep_last: int,
 ) -> None:
     """Write `last/` with the model and the complete training state; the one before becomes `step-N/`.
 

@@ -51,14 +51,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     Raises:
         ValueError: If the output folder holds a run and `resume` is not set, or if data and recipe do not fit.
-        FloatingPointError: If the loss is not finite; the message names the pictures.
+        FloatingPointError: If a loss or gradient is not finite; the message names the pictures. Found at the next log
+            line or checkpoint; until then the weights are left as they are.
     """
     began = time.perf_counter()
     training = recipe.training
     output_dir = Path(training.output_dir)
     checkpoint = find_checkpoint(output_dir)
     if checkpoint is not None and not training.resume:
-        raise ValueError(f"output_dir {str(output_dir)!r} holds a run: continue it with --resume or name another folder")
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds a run: continue it with --resume or name another folder"
+        )
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
         log_with=training.trackers or None,
@@ -75,7 +78,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     category_of_label(model.config, annotations["categories"])  # the two splits name the same classes
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda" and model.config.backbone_norm == "train":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(accelerator.device, memory_format=torch.channels_last if training.channels_last else torch.preserve_format)
+    if training.channels_last:
+        model.to(memory_format=torch.channels_last)
+    model.to(accelerator.device)
     optimizer = build_optimizer(model, model.model.backbone, training)
     # Before `prepare`, which gives the model a forward that a copy would share.
     average = averaged_model(model, training.ema_decay) if training.ema_decay is not None else None
@@ -109,9 +114,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
             done = clock.fraction() if training.schedule_by == "time" else progress.step / total_steps
             set_learning_rate(optimizer, schedule_factor(training, progress.step, done))
             terms, images = accumulate_gradients(accelerator, model, batches, training.channels_last)
-            norm = None
-            if training.max_grad_norm is not None:
-                norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+            if accelerator.scaler is None:  # the fused kernel leaves the weights alone where this is 1
+                optimizer.optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
             optimizer.zero_grad()
             if average is not None:
@@ -418,27 +423,27 @@ class Log:
         self._start_window()
 
     def _start_window(self) -> None:
-        self.terms, self.norms, self.image_ids = [], [], []
+        self.sums, self.norms, self.image_ids = [], [], []  # an entry a step
         self.num_images = self.num_objects = 0
         self.window_started = time.perf_counter()
 
-    def add(self, batches: list[Mapping[str, Any]], terms: list[dict[str, Tensor]], norm: Tensor | None) -> None:
+    def add(self, batches: list[Mapping[str, Any]], terms: list[dict[str, Tensor]], norm: Tensor) -> None:
         """Take in one optimiser step.
 
         Args:
             batches (`list[Mapping]`): Its batches.
             terms (`list[dict[str, Tensor]]`): The loss and its terms of each, means over pictures.
-            norm (`Tensor`, *optional*): Norm of the gradient before clipping.
+            norm (`Tensor`): Norm of the gradient before clipping.
         """
-        for batch, values in zip(batches, terms, strict=True):
-            images = len(batch["labels"])
-            self.terms.append(torch.stack([value.detach().float() for value in values.values()]) * images)
-            self.num_images += images
-            self.num_objects += sum(len(label["boxes"]) for label in batch["labels"])
-            self.image_ids.append([label["image_id"] for label in batch["labels"]])
+        counts = [len(batch["labels"]) for batch in batches]
+        labels = [label for batch in batches for label in batch["labels"]]
         self.names = list(terms[0])
-        if norm is not None:
-            self.norms.append(norm.detach())
+        rows = [torch.stack([values[name].detach().float() for name in self.names]) for values in terms]
+        self.sums.append(torch.stack([row * count for row, count in zip(rows, counts, strict=True)]).sum(0))
+        self.norms.append(norm.detach())
+        self.image_ids.append([label["image_id"] for label in labels])
+        self.num_images += sum(counts)
+        self.num_objects += sum(len(label["boxes"]) for label in labels)
         self.bar.update()
 
     def write_training(self, optimizer: torch.optim.Optimizer) -> None:
@@ -448,17 +453,16 @@ class Log:
             optimizer (`Optimizer`): Gives the learning rates.
 
         Raises:
-            FloatingPointError: If the loss of a step was not finite.
+            FloatingPointError: If the loss or the gradient of a step was not finite.
         """
-        if not self.terms:
+        if not self.sums:
             return
         device = self.accelerator.device
-        terms = torch.stack(self.terms)
+        norms, step_sums = torch.stack(self.norms), torch.stack(self.sums)
+        self._check_finite(norms, step_sums)
         counts = torch.tensor([self.num_images, self.num_objects], dtype=torch.float64, device=device)
-        totals = self.accelerator.reduce(torch.cat((terms.sum(0).double(), counts)), "sum").tolist()
-        *sums, images, objects = totals
-        if not all(map(math.isfinite, sums)):
-            self._raise_not_finite(terms)
+        totals = self.accelerator.reduce(torch.cat((step_sums.sum(0).double(), counts)), "sum")
+        *sums, images, objects = totals.tolist()
         seconds = time.perf_counter() - self.window_started
         values = {}
         for name, value in zip(self.names, sums, strict=True):
@@ -466,8 +470,7 @@ class Log:
             values[name] = value / max(objects, 1) if per_object else value / images
             if name.startswith("mcm."):
                 values[name.replace("mcm", "leading_share")] = math.exp(-values[name])
-        if self.norms:
-            values["grad_norm"] = torch.stack(self.norms).mean().item()
+        values["grad_norm"] = norms[norms.isfinite()].mean().item()
         for group in optimizer.param_groups:
             part = group["name"].removesuffix("_no_decay")
             values["learning_rate" if part == "head" else f"learning_rate_{part}"] = group["lr"]
@@ -503,13 +506,17 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps({**head, **values}) + "\n")
         words = [f"{name} {value:.4g}" if isinstance(value, float) else name for name, value in shown.items()]
-        tqdm.write(f"[{progress.seconds / 60:.1f} min] epoch {progress.epoch} step {progress.step}  " + "  ".join(words))
+        where = f"[{progress.seconds / 60:.1f} min] epoch {progress.epoch} step {progress.step}"
+        tqdm.write("  ".join((where, *words)))
 
-    def _raise_not_finite(self, terms: Tensor) -> None:
-        bad = [index for index, finite in enumerate(terms.isfinite().all(1).tolist()) if not finite]
-        image_ids = [int(image_id) for image_id in self.image_ids[bad[0]]] if bad else []
-        image_ids = gather_object(image_ids)
-        raise FloatingPointError(
-            f"the loss is not finite for the pictures with image_id {image_ids}, at or before step "
-            f"{self.progress.step}. Look at their boxes, lower the learning rate or train without mixed precision."
-        )
+    def _check_finite(self, norms: Tensor, step_sums: Tensor) -> None:
+        finite = step_sums.isfinite().all(1)
+        if self.accelerator.scaler is None:  # a scaler of fp16 looks for the largest scale that overflows
+            finite &= norms.isfinite()
+        bad = (~finite).nonzero().flatten().tolist()
+        image_ids = gather_object([int(image_id) for step in bad[:1] for image_id in self.image_ids[step]])
+        if image_ids:
+            raise FloatingPointError(
+                f"loss or gradient is not finite by step {self.progress.step}, in a step on the "
+                f"pictures with image_id {image_ids}: look at their boxes, or lower the learning rate"
+            )

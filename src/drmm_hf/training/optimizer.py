@@ -9,6 +9,7 @@ from torch import nn
 
 from .arguments import TrainingArguments
 
+
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 

@@ -1,0 +1,84 @@
+import subprocess
+import sys
+
+import pytest
+
+from drmm_hf import cli
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Replace the command modules by one that runs a given function."""
+
+    class Module:
+        @staticmethod
+        def add_arguments(parser):
+            parser.add_argument("path")
+
+        @staticmethod
+        def run(args):
+            raise NotImplementedError
+
+    monkeypatch.setattr(cli, "import_module", lambda name, package: Module)
+    return Module
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_shows_an_example(stub, capsys, command):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"example: drmm {command} " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ConnectionError])
+def test_a_wrong_value_is_said_in_one_line(stub, capsys, error):
+    def run(args):
+        raise error("value is 3:\n  must be 4")
+
+    stub.run = run
+    assert cli.main(["predict", "x"]) == 2
+    assert capsys.readouterr().err == "drmm predict: value is 3: must be 4\n"
+    with pytest.raises(error):
+        cli.main(["predict", "x", "--debug"])
+
+
+def test_a_defect_keeps_its_traceback(stub):
+    def run(args):
+        raise RuntimeError("defect")
+
+    stub.run = run
+    with pytest.raises(RuntimeError):
+        cli.main(["predict", "x"])
+
+
+def test_the_result_of_the_command_is_the_exit_code(stub):
+    stub.run = lambda args: 7 if args.path == "x" else 0
+    assert cli.main(["predict", "x"]) == 7
+    assert cli.main(["predict", "y"]) == 0
+
+
+@pytest.mark.parametrize("argv", [[], ["trane"], ["predict", "x", "--unknown", "3"], ["predict"]])
+def test_wrong_arguments_exit_with_2(stub, capsys, argv):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 2
+    assert "usage: drmm" in capsys.readouterr().err
+
+
+def test_the_command_line_itself_needs_only_the_standard_library():
+    """`drmm --help` must not wait for torch: run the file alone and see what it imported."""
+    program = (
+        f"import runpy, sys; main = runpy.run_path({cli.__file__!r})['main']\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'drmm_hf'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -1,0 +1,302 @@
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from drmm_hf.data.coco import categories, save_coco
+from drmm_hf.data.generated import generate_shapes
+from drmm_hf.data.labels import LabelMap
+from drmm_hf.training import loop
+from drmm_hf.training.checkpoint import Progress
+from drmm_hf.training.loop import Log, accumulate_gradients, build_model, load_split, train, training_loader
+
+
+TIMES = {"seconds", "images_per_second", "training_seconds"}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def figures(folder):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows(folder)]
+
+
+def weights(folder):
+    return AutoModelForObjectDetection.from_pretrained(folder).state_dict()
+
+
+@pytest.fixture
+def parts(tiny_recipe):
+    """Model, processor and the pictures of one training batch of 4, one of them without objects."""
+    recipe = tiny_recipe(dropout=0.0, batch_size=4, augmentation="none")
+    dataset, _ = load_split(recipe.data, "train")
+    label_map = LabelMap.from_categories(categories(dataset))
+    torch.manual_seed(0)
+    model, processor = build_model(recipe, label_map)
+    model.train()
+    batch = next(iter(training_loader(dataset, label_map, processor, recipe)))
+    batch["labels"][2]["boxes"] = torch.zeros(0, 4)
+    batch["labels"][2]["class_labels"] = torch.zeros(0, dtype=torch.int64)
+    return model, processor, batch
+
+
+def test_a_few_steps_lower_the_loss_on_one_batch(parts):
+    model, _, batch = parts
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        terms, images = accumulate_gradients(Accelerator(cpu=True), model, [batch])
+        losses.append(float(terms[0]["loss"]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert images == 4
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.98 * losses[0]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 1, 1), (3, 1), (1, 3)])
+def test_accumulation_is_one_large_batch(parts, sizes):
+    model, _, batch = parts
+    model = model.double()
+    batch = {**batch, "pixel_values": batch["pixel_values"].double()}
+
+    def gradient(batches):
+        model.zero_grad()
+        accumulate_gradients(Accelerator(cpu=True), model, batches)
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    parts_of_batch = [
+        {name: values[start : start + size] for name, values in batch.items()}
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    whole = gradient([batch])
+    torch.testing.assert_close(gradient(parts_of_batch), whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the package catches it."""
+
+
+@pytest.mark.parametrize(("killed_at", "num_workers"), [(1, 0), (3, 1), (4, 0)])
+def test_a_killed_run_resumes_bit_by_bit(tiny_recipe, tmp_path, monkeypatch, killed_at, num_workers):
+    """3 steps an epoch: killed inside one, at its end and at the start of the next; dropout, flips and EMA are on."""
+    options = {"save_every_steps": 1, "ema_decay": 0.9, "num_workers": num_workers, "evaluate_every": 1}
+    whole = train(tiny_recipe(output_dir=str(tmp_path / "whole"), **options))
+
+    def save_then_kill(accelerator, output_dir, model, processor, progress, keep_last):
+        save_checkpoint(accelerator, output_dir, model, processor, progress, keep_last)
+        if progress.step == killed_at:
+            with (output_dir / "log.jsonl").open("a") as file:  # what the dead session logged after its checkpoint
+                file.write(json.dumps({"step": killed_at + 1, "loss": 0.0}) + '\n{"step": ')
+            raise Killed
+
+    save_checkpoint = loop.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save_then_kill)
+        with pytest.raises(Killed):
+            train(tiny_recipe(**options))
+    torch.manual_seed(12345)
+    resumed = train(tiny_recipe(resume=True, **options))
+
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    for folder in ("last", "best"):
+        expected, got = weights(tmp_path / "whole" / folder), weights(tmp_path / "run" / folder)
+        assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
+    timeless = [{k: v for k, v in summary.items() if not k.endswith("seconds")} for summary in (whole, resumed)]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_finished_run_is_neither_overwritten_nor_repeated(tiny_recipe, tmp_path):
+    first = train(tiny_recipe(epochs=1))
+    with pytest.raises(ValueError, match="--resume"):
+        train(tiny_recipe(epochs=1))
+    lines = rows(tmp_path / "run")
+    again = train(tiny_recipe(epochs=1, resume=True))
+    assert rows(tmp_path / "run") == lines
+    assert (again["AP"], again["steps"]) == (first["AP"], 3)
+    longer = train(tiny_recipe(epochs=2, resume=True))
+    assert longer["steps"] == 6
+    assert longer["seconds"] > longer["training_seconds"] > again["training_seconds"]
+
+
+def test_what_a_run_leaves_behind(tiny_recipe, tmp_path):
+    summary = train(tiny_recipe(trackers=["tensorboard"], ema_decay=0.5))
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert (summary["steps"], summary["epochs"], summary["images"], summary["num_images"]) == (6, 2, 20, 3)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {name: metrics[name] for name in ("AP", "AP50", "ECE")} == {
+        name: summary[name] for name in ("AP", "AP50", "ECE")
+    }
+    assert metrics["AP"] == [row for row in rows(run) if "AP" in row][-1]["AP"]
+    assert list((run / "tensorboard").rglob("events.*"))
+    for name in ("best", "last"):
+        model = AutoModelForObjectDetection.from_pretrained(run / name)
+        processor = AutoImageProcessor.from_pretrained(run / name)
+        assert (model.config.category_ids, model.config.id2label[2]) == ([2, 3, 7], "triangle")
+        assert dict(processor.size) == {"shortest_edge": 64, "longest_edge": 64}
+    average = torch.load(run / "last" / "training_state" / "custom_checkpoint_1.pkl")
+    trained = torch.load(run / "last" / "training_state" / "optimizer.bin")
+    assert int(average["n_averaged"]) == 6 == int(trained["state"][0]["step"])
+    assert all(torch.equal(tensor, average["module." + name]) for name, tensor in weights(run / "last").items())
+
+
+def test_last_epoch_may_end_in_a_smaller_step(tiny_recipe, tmp_path):
+    train(tiny_recipe(epochs=1))
+    assert [row["images"] for row in rows(tmp_path / "run") if "loss" in row] == [4, 8, 10]
+
+
+def test_log_windows_add_up(tiny_recipe, tmp_path):
+    """Two steps a line: the loss is the mean over the pictures of both, whatever the size of the batches."""
+    train(tiny_recipe(output_dir=str(tmp_path / "one"), epochs=1, dropout=0.0))
+    train(tiny_recipe(output_dir=str(tmp_path / "two"), epochs=1, dropout=0.0, log_every=2))
+    single, double = ([row for row in rows(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    assert [row["step"] for row in double] == [2, 3]
+    assert double[0]["loss"] == pytest.approx((single[0]["loss"] + single[1]["loss"]) / 2, rel=1e-6)
+    assert double[1]["loss"] == pytest.approx(single[2]["loss"], rel=1e-6)
+    assert double[0]["grad_norm"] == pytest.approx((single[0]["grad_norm"] + single[1]["grad_norm"]) / 2, rel=1e-6)
+
+
+def log_of(tmp_path, terms, num_objects, image_ids):
+    """Log one optimiser step of batches with the given loss terms, objects and ids a picture."""
+    batches = [
+        {
+            "labels": [
+                {"boxes": torch.zeros(count, 4), "image_id": torch.tensor([image_id])}
+                for count, image_id in zip(counts, ids, strict=True)
+            ]
+        }
+        for counts, ids in zip(num_objects, image_ids, strict=True)
+    ]
+    log = Log(Accelerator(cpu=True), tmp_path, Progress(step=1), 10)
+    log.add(batches, terms, torch.tensor(2.0))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    log.write_training(torch.optim.AdamW([{"name": "head", "params": [parameter], "lr": 0.5}]))
+    return rows(tmp_path)[-1]
+
+
+def test_terms_are_logged_per_ground_truth(tmp_path):
+    """Terms come as sums over ground truths divided by pictures: here 3 + 1 objects on 2 pictures, then 2 on 1."""
+    terms = [
+        {"loss": torch.tensor(10.0), "nll.stage0": torch.tensor(8.0), "mcm.stage0": torch.tensor(1.0)},
+        {"loss": torch.tensor(4.0), "nll.stage0": torch.tensor(2.0), "mcm.stage0": torch.tensor(4.0)},
+    ]
+    row = log_of(tmp_path, terms, [[3, 1], [2]], [[1, 2], [3]])
+    assert row["loss"] == pytest.approx((10 * 2 + 4) / 3)
+    assert row["nll.stage0"] == pytest.approx((8 * 2 + 2) / 6)
+    assert row["mcm.stage0"] == pytest.approx((1 * 2 + 4) / 6)
+    assert row["leading_share.stage0"] == pytest.approx(math.exp(-1))
+    assert (row["grad_norm"], row["learning_rate"]) == (2.0, 0.5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_its_pictures(tmp_path, value):
+    terms = [{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(value)}]
+    with pytest.raises(FloatingPointError, match=r"image_id \[5, 41, 7\]"):
+        log_of(tmp_path, terms, [[1], [1, 1]], [[5], [41, 7]])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_spares_the_weights(tiny_recipe, tmp_path, monkeypatch):
+    models = []
+
+    def break_second_gradient(accelerator, model, batches, channels_last):
+        result = accumulate_gradients(accelerator, model, batches, channels_last)
+        models.append(model)
+        if len(models) == 2:
+            next(model.parameters()).grad[0] = math.nan
+        return result
+
+    monkeypatch.setattr(loop, "accumulate_gradients", break_second_gradient)
+    with pytest.raises(FloatingPointError, match="gradient is not finite"):
+        train(tiny_recipe(log_every=50))
+    assert len(models) == 3  # found at the end of the epoch, before the checkpoint
+    assert not (tmp_path / "run" / "last").exists()
+    assert all(parameter.isfinite().all() for parameter in models[0].parameters())
+
+
+def test_time_ends_the_run_and_drives_the_schedule(tiny_recipe, tmp_path):
+    minutes = 1.5 / 60
+    summary = train(
+        tiny_recipe(
+            epochs=None, max_minutes=minutes, schedule_by="time", schedule="cosine", warmup_steps=0, log_every=1
+        )
+    )
+    assert 1.5 <= summary["training_seconds"] < 10
+    lines = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(lines) >= 3
+    for before, row in zip(lines, lines[1:], strict=False):
+        used = min(before["seconds"] / (60 * minutes), 1)
+        assert row["learning_rate"] == pytest.approx(1e-3 * math.cos(math.pi * used / 2) ** 2, abs=1e-12)
+        assert before["seconds"] < 1.5
+
+
+def test_the_first_bound_ends_the_run(tiny_recipe, tmp_path):
+    assert train(tiny_recipe(max_steps=2, epochs=50))["steps"] == 2
+    lines = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["learning_rate"] for row in lines] == pytest.approx([1e-6, 5.005e-4])
+
+
+@pytest.mark.parametrize("options", [{"mixed_precision": "bf16"}, {"channels_last": True}])
+def test_other_number_formats_train_alike(tiny_recipe, tmp_path, options):
+    train(tiny_recipe(output_dir=str(tmp_path / "plain"), epochs=1, dropout=0.0))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(tiny_recipe(epochs=1, dropout=0.0, ema_decay=0.9, **options))
+    plain, other = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("plain", "run"))
+    assert other == pytest.approx(plain, rel=0.02)
+    assert all(
+        tensor.dtype == torch.float32
+        for tensor in weights(tmp_path / "run" / "best").values()
+        if tensor.is_floating_point()
+    )
+
+
+def test_a_checkpoint_of_other_classes_lends_everything_but_the_classifier(tiny_recipe, tmp_path):
+    shapes = LabelMap((2, 3, 7), ("ellipse", "rectangle", "triangle"))
+    cells = LabelMap((5, 6), ("red", "white"))
+    model, processor = build_model(tiny_recipe(), shapes)
+    processor.image_mean = [0.1, 0.2, 0.3]
+    model.save_pretrained(tmp_path / "shapes")
+    processor.save_pretrained(tmp_path / "shapes")
+    swapped, processor = build_model(tiny_recipe(init_from=str(tmp_path / "shapes"), shortest_edge=48), cells)
+    assert swapped.config.id2label == {0: "red", 1: "white"}
+    assert swapped.config.category_ids == [5, 6]
+    assert (list(processor.image_mean), dict(processor.size)["shortest_edge"]) == ([0.1, 0.2, 0.3], 48)
+    before, after = model.state_dict(), swapped.state_dict()
+    replaced = {name for name in after if after[name].shape != before[name].shape}
+    assert {name.split(".")[-2] for name in replaced} == {"classifier"}
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in replaced)
+
+
+def test_splits_are_read_from_a_folder_with_their_untouched_annotations(tiny_recipe, tmp_path):
+    for split, seed in (("train", 3), ("test", 4)):
+        save_coco(generate_shapes(4, seed, (64, 64)), tmp_path / "shapes", split)
+    file = tmp_path / "shapes" / "annotations" / "instances_test.json"
+    content = json.loads(file.read_text())
+    content["info"] = {"note": "untouched"}
+    file.write_text(json.dumps(content))
+    data = tiny_recipe(source=str(tmp_path / "shapes"), val_split="test").data
+    assert len(load_split(data, "train")[0]) == 4
+    dataset, annotations = load_split(data, "val")
+    assert annotations == content
+    pair = copy.copy(data)
+    pair.source, pair.val_annotations, pair.val_images = None, str(file), str(tmp_path / "shapes" / "test")
+    assert load_split(pair, "val")[0].to_dict() == dataset.to_dict()
+    with pytest.raises(ValueError, match="no train data"):
+        load_split(pair, "train")
+
+
+def test_validation_classes_must_be_those_of_training(tiny_recipe, tmp_path):
+    for split in ("train", "val"):
+        save_coco(generate_shapes(2, 0, (64, 64)), tmp_path / "shapes", split)
+    file = tmp_path / "shapes" / "annotations" / "instances_val.json"
+    file.write_text(file.read_text().replace('"triangle"', '"star"'))
+    with pytest.raises(ValueError, match="star"):
+        train(tiny_recipe(source=str(tmp_path / "shapes")))
