@@ -488,3 +488,43 @@ def test_boxes_that_fit_two_formats_prove_none():
     boxes = np.tile((30.0, 20.0, 5.0, 4.0), (100, 1))  # xywh or cxcywh
     with pytest.raises(ValueError, match=r"100 boxes \(0 contradict xywh, 100 contradict xyxy, 0 contradict cxcywh\)"):
         prove_box_format(boxes, np.tile((48, 64), (100, 1)), np.full(100, 20.0))
+
+
+def test_a_few_odd_boxes_prove_nothing():
+    boxes = np.tile((30.0, 20.0, 5.0, 4.0), (100, 1))  # xywh or cxcywh
+    boxes[:4] = (1.0, 1.0, 40.0, 30.0)  # not cxcywh
+    with pytest.raises(ValueError, match="0 contradict xywh, 96 contradict xyxy, 4 contradict cxcywh"):
+        prove_box_format(boxes, np.tile((48, 64), (100, 1)))
+
+
+def test_ids_of_datasets_sources_must_differ(tmp_path):
+    from drmm_hf.data import coco
+
+    fields = {"bbox": List(Value("float64")), "category": Value("int64"), "id": Value("int64")}
+    features = Features({"image": datasets.Image(), "image_id": Value("int64"), "objects": List(fields)})
+    item = {"bbox": [1.0, 2.0, 3.0, 4.0], "category": 1, "id": 9}
+    picture = Image.new("RGB", SIZE)
+    for image_ids, message in [
+        ([1, 2], r"row 1 \(image 2\), objects\[0\]: the id is taken"),
+        ([1, 1], "image_id occurs"),
+    ]:
+        data = {"image": [picture] * 2, "image_id": image_ids, "objects": [[item], [item]]}
+        splits = DatasetDict(train=Dataset.from_dict(data, features=features))
+        with pytest.raises(ValueError, match=message):
+            coco._from_datasets(splits, "train", "here", None, "xywh", "error")
+
+
+def test_sizes_of_datasets_sources_are_those_displayed(tmp_path):
+    from drmm_hf.data import coco
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    Image.new("RGB", SIZE).save(path, exif=exif)
+    fields = {"bbox": List(Value("float64")), "category": ClassLabel(names=NAMES)}
+    data = {"image": [str(path)], "objects": [[{"bbox": [1.0, 2.0, 40.0, 60.0], "category": 1}]]}
+    features = Features({"image": datasets.Image(), "objects": List(fields)})
+    splits = DatasetDict(train=Dataset.from_dict(data, features=features))
+    dataset = coco._from_datasets(splits, "train", "here", None, "xywh", "error")
+    assert (dataset[0]["width"], dataset[0]["height"]) == SIZE[::-1] == dataset[0]["image"].size
+    assert dataset[0]["file_name"] == "turned.jpg"

@@ -192,6 +192,40 @@ def test_same_seed_same_batches_other_epoch_other_batches(shapes):
     assert sorted(ids) == list(range(1, 11)) != ids
 
 
+def test_order_changes_with_seed_and_epoch(shapes):
+    orders = set()
+    for seed in (0, 1):
+        sampler = data_loader(detection_dataset(shapes, seed=seed), PROCESSOR, 1).sampler
+        for epoch in (0, 1):
+            sampler.set_epoch(epoch)
+            assert list(sampler) == list(sampler)
+            orders.add(tuple(sampler))
+    assert len(orders) == 4
+
+
+def test_random_numbers_change_with_seed_epoch_and_row(shapes):
+    drawn = []
+
+    def record(image, target):
+        drawn.append((float(torch.rand(())), float(np.random.rand()), random.random()))  # noqa: NPY002
+        return image, target
+
+    def read_all():
+        for seed in (0, 1):
+            dataset = detection_dataset(shapes, build_augmentation(record), seed=seed)
+            for epoch in (0, 1):
+                dataset.set_epoch(epoch)
+                for i in (0, 1):
+                    dataset[i]
+
+    read_all()
+    assert [len(set(column)) for column in zip(*drawn, strict=True)] == [8, 8, 8]
+    first = drawn.copy()
+    drawn.clear()
+    read_all()
+    assert drawn == first
+
+
 def test_workers_make_no_difference_and_follow_the_epoch(shapes):
     alone, workers = shuffled_loader(shapes), shuffled_loader(shapes, num_workers=2)
     for epoch in (0, 1, 0):
