@@ -1,5 +1,6 @@
 """Backbone: any `AutoBackbone` with four maps at strides 4, 8, 16, 32, with frozen stages and a batch-norm mode."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoBackbone
@@ -11,21 +12,31 @@ STRIDES = (4, 8, 16, 32)
 def _timm_stages(backbone: nn.Module) -> list[list[nn.Module]]:
     """Split timm's feature network into stem and stages by the modules that its `feature_info` names."""
     network = backbone._backbone
-    leaves = [module for module in network.modules() if not any(True for _ in module.children())]
+    # Not the containers, which may straddle stages; timm's batch norms own parameters and children.
+    parts = [
+        module
+        for module in network.modules()
+        if not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+    ]
     ends = [
-        leaves.index(list(network.get_submodule(name).modules())[-1]) for name in network.feature_info.module_name()
+        parts.index(list(network.get_submodule(name).modules())[-1]) for name in network.feature_info.module_name()
     ]
     starts = [0, *(end + 1 for end in ends)]
-    return [leaves[start : end + 1] for start, end in zip(starts, ends, strict=False)]
+    return [parts[start : end + 1] for start, end in zip(starts, ends, strict=False)]
 
 
 # The modules of each stage, the stem with the first, by `model_type` of the backbone's config.
 BACKBONE_STAGES = {
     "resnet": lambda b: [[b.embedder, b.encoder.stages[0]], *([stage] for stage in b.encoder.stages[1:])],
-    "swin": lambda b: [[b.embeddings, b.encoder.layers[0]], *([layer] for layer in b.encoder.layers[1:])],
+    "swin": lambda b: [
+        [b.swin.embeddings, b.swin.encoder.layers[0]],
+        *([layer] for layer in b.swin.encoder.layers[1:]),
+    ],
     "convnext": lambda b: [[b.embeddings, b.encoder.stages[0]], *([stage] for stage in b.encoder.stages[1:])],
     "timm_backbone": _timm_stages,
 }
+# Modules that no map passes through. They are frozen: DistributedDataParallel would wait for their gradients.
+UNUSED_MODULES = {"swin": lambda b: [b.swin.layernorm]}
 
 
 class DrmmBackbone(nn.Module):
@@ -47,21 +58,17 @@ class DrmmBackbone(nn.Module):
                 f"backbone_config gives {len(self.network.channels)} feature maps; it must give {len(STRIDES)}, at "
                 f"strides {STRIDES} (set out_features or out_indices)."
             )
-        self._frozen_stages = []
+        model_type = config.backbone_config.model_type
+        self._frozen = UNUSED_MODULES[model_type](self.network) if model_type in UNUSED_MODULES else []
         if config.freeze_backbone_stages:
-            model_type = config.backbone_config.model_type
             if model_type not in BACKBONE_STAGES:
                 raise ValueError(
                     f"freeze_backbone_stages={config.freeze_backbone_stages} needs to know the stages of the backbone "
                     f"{model_type!r}; known are {sorted(BACKBONE_STAGES)}."
                 )
             stages = BACKBONE_STAGES[model_type](self.network)[: config.freeze_backbone_stages]
-            self._frozen_stages = [module for stage in stages for module in stage]
-        for module in self._frozen_stages:
-            module.requires_grad_(False)
-        if self.norm_mode == "frozen":
-            for module in self._batch_norms():
-                module.requires_grad_(False)
+            self._frozen += [module for stage in stages for module in stage]
+        self.train(self.training)
 
     @property
     def channels(self) -> list[int]:
@@ -72,15 +79,30 @@ class DrmmBackbone(nn.Module):
         return (module for module in self.network.modules() if isinstance(module, _BatchNorm))
 
     def train(self, mode: bool = True):
-        """Set the mode; frozen stages, and batch norms unless `backbone_norm="train"`, stay in evaluation mode."""
+        """Set the mode; what is frozen, and batch norms unless `backbone_norm="train"`, stay in evaluation mode.
+
+        Parameters are frozen here too, because `from_pretrained` makes every loaded parameter trainable, then calls
+        `eval`.
+        """
         super().train(mode)
         if self.norm_mode != "train":
             for module in self._batch_norms():
                 module.eval()
-        for module in self._frozen_stages:
-            module.eval()
+                if self.norm_mode == "frozen":
+                    module.requires_grad_(False)
+        for module in self._frozen:
+            module.eval().requires_grad_(False)
         return self
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Return the maps at strides 4, 8, 16, 32, each of shape `(B, C_l, H / stride, W / stride)`."""
-        return list(self.network(pixel_values).feature_maps)
+        maps = list(self.network(pixel_values).feature_maps)
+        if not torch.compiler.is_compiling():
+            height = pixel_values.shape[-2]
+            for level_map, stride in zip(maps, STRIDES, strict=True):
+                if level_map.shape[-2] not in (height // stride, -(-height // stride)):
+                    raise ValueError(
+                        f"backbone_config gives a map of height {level_map.shape[-2]} for pictures of height {height}; "
+                        f"its four maps must have strides {STRIDES} (set out_features or out_indices)."
+                    )
+        return maps

@@ -168,6 +168,16 @@ class DrmmConfig(PreTrainedConfig):
                 setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Build from stored fields; a new set of labels replaces all that was stored about the old one."""
+        num_stored = len(config_dict.get("id2label") or ())
+        if "id2label" in kwargs or kwargs.get("num_labels", num_stored) != num_stored:
+            names = ("num_labels", "id2label", "label2id", "category_ids")
+            config_dict = {name: value for name, value in config_dict.items() if name not in names}
+            config_dict |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self):
         """Check what no single field can say about itself.
 
@@ -205,7 +215,9 @@ class DrmmConfig(PreTrainedConfig):
         )
         if self.proposal_grid is not None:
             _require(
-                len(self.proposal_grid) == 2 and self.proposal_grid[0] * self.proposal_grid[1] == self.num_queries,
+                len(self.proposal_grid) == 2
+                and min(self.proposal_grid) >= 1
+                and self.proposal_grid[0] * self.proposal_grid[1] == self.num_queries,
                 "proposal_grid",
                 self.proposal_grid,
                 f"be [rows, columns] whose product is num_queries={self.num_queries}",

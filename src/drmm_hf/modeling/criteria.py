@@ -30,6 +30,33 @@ class Targets(NamedTuple):
     mask: Tensor
 
 
+def check_labels(labels: Sequence[Mapping[str, Tensor]], num_labels: int):
+    """Refuse labels that no detector of `num_labels` classes can learn from.
+
+    Only values on the CPU are looked at: on an accelerator a look would wait for it at every step.
+
+    Args:
+        labels (`list[dict]`): per image `class_labels` (`(N,)`, int64) and `boxes` (`(N, 4)`).
+        num_labels (`int`): number C of classes.
+
+    Raises:
+        ValueError: if a class is not an integer in [0, C) or a box is not finite.
+    """
+    for index, label in enumerate(labels):
+        boxes, classes = label["boxes"], label["class_labels"]
+        if not len(classes):
+            continue
+        if classes.is_floating_point():
+            raise ValueError(f"labels[{index}] has class_labels of type {classes.dtype}; they must be integers.")
+        if classes.is_cpu and not 0 <= classes.min() <= classes.max() < num_labels:
+            raise ValueError(
+                f"labels[{index}] has class_labels from {classes.min()} to {classes.max()}; they must lie in "
+                f"[0, num_labels={num_labels})."
+            )
+        if boxes.is_cpu and not boxes.isfinite().all():
+            raise ValueError(f"labels[{index}] has boxes {boxes.tolist()}; they must be finite.")
+
+
 def pad_targets(labels: Sequence[Mapping[str, Tensor]], image_sizes: Tensor, dtype: torch.dtype) -> Targets:
     """Bring the family's list of labels into padded tensors in the frame of the model.
 

@@ -162,9 +162,11 @@ def log_coordinate_density(
         )
     ]
     if distribution == "cauchy":
-        # A product of two densities stays far from underflow, and two logarithms cost half of four.
+        # Two logarithms cost half of four. A product of two densities underflows only beyond any picture (a scale of
+        # 1 pixel at 1e9 pixels); there it is held, and passes no gradient.
         left, top, right, bottom = (cauchy_density(distance, scale, freedom) for distance, scale in sides)
-        return (left * right / unit).log() + (top * bottom).log()
+        tiny = torch.finfo(left.dtype).tiny
+        return (left * right / unit).clamp(min=tiny).log() + (top * bottom).clamp(min=tiny).log()
     log_density = LOG_DENSITIES[distribution]
     return sum(log_density(distance, scale, freedom) for distance, scale in sides) - math.log(unit)
 

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
 from .backbone import DrmmBackbone
 from .boxes import frame_scale, image_sizes_from_mask, xyxy_to_cxcywh
 from .configuration_drmm import DrmmConfig
-from .criteria import CRITERIA, pad_targets, reduce_terms
+from .criteria import CRITERIA, check_labels, pad_targets, reduce_terms
 from .decoder import DrmmDecoder
 from .heads import MixtureHead
 from .mixture import MixtureParameters, floor_scales, log_confidence, log_odds
@@ -146,6 +146,11 @@ class DrmmModel(DrmmPreTrainedModel):
         if pixel_mask is None:
             image_sizes = torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device)
             image_sizes = image_sizes.expand(len(pixel_values), -1)
+        elif pixel_mask.shape != pixel_values[:, 0].shape:
+            raise ValueError(
+                f"pixel_mask has shape {tuple(pixel_mask.shape)} for pixel_values of shape "
+                f"{tuple(pixel_values.shape)}; it must be (B, H, W)."
+            )
         else:
             image_sizes = image_sizes_from_mask(pixel_mask)
         boxes, features = self.queries(image_sizes)
@@ -163,7 +168,9 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
     @property
     def loss_function(self):
         """The criterion `(stages, targets, config) -> terms` that the config names; assign another to replace it."""
-        return self.__dict__.get("_criterion", CRITERIA[self.config.criterion])
+        # An assigned module does not reach the setter: torch registers it as a child.
+        assigned = self.__dict__.get("_criterion") or self._modules.get("loss_function")
+        return assigned or CRITERIA[self.config.criterion]
 
     @loss_function.setter
     def loss_function(self, criterion):
@@ -196,6 +203,8 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             predictions = [self._predictions(mixture, outputs.image_sizes) for mixture in outputs.mixtures]
         loss, loss_dict = None, None
         if labels is not None:
+            if not torch.compiler.is_compiling():
+                check_labels(labels, self.config.num_labels)
             targets = pad_targets(labels, outputs.image_sizes, outputs.mixtures[0].boxes.dtype)
             loss, loss_dict = reduce_terms(self.loss_function(outputs.mixtures, targets, self.config), self.config)
         return DrmmObjectDetectionOutput(

@@ -20,13 +20,14 @@ def roi_levels(boxes: Tensor, num_levels: int, base: float) -> Tensor:
         base (`float`): boxes from `2 * base` pixels on leave the finest level.
 
     Returns:
-        `torch.Tensor` of shape `(...)`: level in [0, num_levels), or -1 where exactly one side is inverted (no level).
+        `torch.Tensor` of shape `(...)`: level in [0, num_levels), or -1 (no level) where exactly one side is inverted or
+        the box is not a number.
 
     Source: public code, after Eq. 1 of the feature pyramid paper.
     """
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     level = torch.log2(area.clamp(min=0).sqrt() / base + 1e-6).floor().clamp(0, num_levels - 1).long()
-    return level.masked_fill(area < 0, -1)
+    return level.masked_fill(~(area >= 0), -1)
 
 
 def pool_regions(
@@ -95,14 +96,14 @@ def _axis_samples(start: Tensor, end: Tensor, length: Tensor, size: int, ratio: 
         ratio (`int`): samples a bin.
 
     Returns:
-        `tuple`: int64 cells and weights of shape `(B, K, size, 2 * ratio)`. Samples more than one cell outside the map
-        have weight 0; those within one cell take the border's value.
+        `tuple`: int64 cells and weights of shape `(B, K, size, 2 * ratio)`. Samples more than one cell outside the map,
+        or not numbers, have weight 0; those within one cell take the border's value.
     """
     steps = (torch.arange(size * ratio, device=start.device, dtype=start.dtype) + 0.5) / ratio
     position = start[..., None] + steps * ((end - start) / size)[..., None]
     position = position.unflatten(-1, (size, ratio))
     inside = (position >= -1) & (position <= length)
-    position = torch.minimum(position.clamp(min=0), (length - 1).to(position.dtype))
+    position = torch.minimum(position.clamp(min=0), (length - 1).to(position.dtype)).nan_to_num()
     low = position.floor()
     fraction = position - low
     low = low.long()
