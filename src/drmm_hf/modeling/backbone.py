@@ -102,7 +102,7 @@ class DrmmBackbone(nn.Module):
             for level_map, stride in zip(maps, STRIDES, strict=True):
                 if level_map.shape[-2] not in (height // stride, -(-height // stride)):
                     raise ValueError(
-                        f"backbone_config gives a map of height {level_map.shape[-2]} for pictures of height {height}; "
-                        f"its four maps must have strides {STRIDES} (set out_features or out_indices)."
+                        f"backbone_config gives a map of height {level_map.shape[-2]} for a picture of height {height}; "
+                        f"its maps must have strides {STRIDES} (set out_features or out_indices)."
                     )
         return maps

@@ -20,8 +20,8 @@ def roi_levels(boxes: Tensor, num_levels: int, base: float) -> Tensor:
         base (`float`): boxes from `2 * base` pixels on leave the finest level.
 
     Returns:
-        `torch.Tensor` of shape `(...)`: level in [0, num_levels), or -1 (no level) where exactly one side is inverted or
-        the box is not a number.
+        `torch.Tensor` of shape `(...)`: level in [0, num_levels), or -1 (no level) where exactly one side is inverted
+        or the box is not a number.
 
     Source: public code, after Eq. 1 of the feature pyramid paper.
     """
@@ -96,8 +96,8 @@ def _axis_samples(start: Tensor, end: Tensor, length: Tensor, size: int, ratio: 
         ratio (`int`): samples a bin.
 
     Returns:
-        `tuple`: int64 cells and weights of shape `(B, K, size, 2 * ratio)`. Samples more than one cell outside the map,
-        or not numbers, have weight 0; those within one cell take the border's value.
+        `tuple`: int64 cells and weights of shape `(B, K, size, 2 * ratio)`. Samples that are not numbers or lie more
+        than one cell outside the map have weight 0; those within one cell take the border's value.
     """
     steps = (torch.arange(size * ratio, device=start.device, dtype=start.dtype) + 0.5) / ratio
     position = start[..., None] + steps * ((end - start) / size)[..., None]
