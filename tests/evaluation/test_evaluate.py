@@ -10,7 +10,9 @@ from PIL import Image
 from drmm_hf.data.coco import canonical_dataset
 from drmm_hf.evaluation.calibration import calibration
 from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics, ground_truth
-from drmm_hf.evaluation.evaluate import category_of_label, evaluate
+from drmm_hf.evaluation.detections import Detections
+from drmm_hf.evaluation.evaluate import category_of_label, evaluate, measure
+from drmm_hf.evaluation.predict import predict
 
 
 CATEGORIES = [{"id": 9, "name": "cat"}, {"id": 4, "name": "Traffic Light"}]
@@ -130,6 +132,15 @@ def test_top_k_cuts_over_all_classes(dataset):
     metrics = evaluate(Reader(config()), Oracle(ANSWERS), dataset, top_k=1, progress=False)
     assert metrics["num_detections"] == 2 and metrics["AP_per_class"]["cat"] == pytest.approx(1.0)
     assert metrics["AP_per_class"]["Traffic Light"] == pytest.approx(51 / 101)
+
+
+def test_detections_of_several_processes_are_measured_as_those_of_one(dataset):
+    alone = evaluate(Reader(config()), Oracle(ANSWERS), dataset, top_k=2, progress=False)
+    shares = []
+    for indices in ([0, 1], [1]):  # the second process repeats a picture
+        shares.append(predict(Reader(config()), Oracle(ANSWERS), dataset.select(indices), progress=False))
+    merged = Detections.merge(shares)
+    assert measure(merged, ground_truth(dataset), {0: 9, 1: 4}, top_k=2) == alone
 
 
 def test_labels_in_another_order_are_matched_by_name(dataset):

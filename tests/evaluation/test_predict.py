@@ -169,8 +169,14 @@ def test_top_k_keeps_the_most_confident(detector):
 def test_half_precision_keeps_float_pixels():
     torch.manual_seed(0)
     model, processor = detr()
-    result = predict(model.to(torch.bfloat16), processor, pictures(1), progress=False)[100]
-    assert np.isfinite(result["boxes"]).all() and len(result["scores"]) == 7
+    torch.nn.init.normal_(model.bbox_predictor.layers[-1].weight)
+    seen = []
+    model.register_forward_hook(lambda *call: seen.append(call[-1].pred_boxes.clone()))
+    boxes = predict(model.to(torch.bfloat16), processor, pictures(1), progress=False)[100]["boxes"]
+    assert seen[0].dtype == torch.bfloat16
+    x, y, width, height = seen[0][0].double().numpy().T
+    expected = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=1) * [60, 40, 60, 40]
+    np.testing.assert_allclose(boxes[np.lexsort(boxes.T)], expected[np.lexsort(expected.T)], atol=1e-4)
 
 
 def test_the_mode_of_the_model_is_left_as_it_was_and_no_gradient_is_kept():
@@ -228,6 +234,16 @@ def test_only_equal_sizes_share_a_batch_and_few_pictures_wait():
     assert seen == sorted((height, width) for width, height in sizes)
     assert model.batches.count((4, 3, 10, 10)) >= 3
     assert max(waiting) < 16
+
+
+def test_top_k_reaches_processors_that_cut_by_themselves():
+    class Cutting(Processor):
+        def post_process_object_detection(self, outputs, threshold, target_sizes, top_k=100):
+            boxes = torch.ones(top_k, 4)
+            return [{"scores": boxes[:, 0], "labels": boxes[:, 0].long(), "boxes": boxes} for _ in target_sizes]
+
+    rows = [{"image_id": 1, "image": Image.new("RGB", (10, 10))}]
+    assert predict(Recorder(), Cutting(), rows, top_k=150, progress=False).num_boxes == 150
 
 
 def test_a_repeated_picture_counts_once():

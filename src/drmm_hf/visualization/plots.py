@@ -62,6 +62,7 @@ def reliability_diagram(result: Any, path: str | Path, title: str = "Reliability
 
     lower.bar(centres, count[filled], width, color="#8a94a3")
     lower.set_yscale("log")
+    lower.minorticks_off()
     highest = max(int(count.max(initial=1)), 1)
     lower.set(ylim=(0.5, highest * 9), xlabel="confidence", ylabel="predictions")
     lower.set_xticks(edges[:: max(1, (len(edges) - 1) // 10)])
