@@ -44,14 +44,16 @@ def pool_regions(
         level_base (`float`): see `roi_levels`.
 
     Returns:
-        `torch.Tensor` of shape `(B, K, size * size, C)`: zeros for a box without a level.
+        `torch.Tensor` of shape `(B, K, size * size, C)`, in the type of the boxes: zeros for a box without a level.
 
     Source: RoIAlign, half-pixel aligned, average over the samples.
     """
     boxes = boxes.detach()
     batch, channels = maps[0].shape[:2]
     levels = roi_levels(boxes, len(maps), level_base)
-    table = torch.cat([level_map.flatten(2).transpose(1, 2).reshape(-1, channels) for level_map in maps])
+    # In the type of the boxes: bfloat16 would round the weights, and the sums of the backward, to 8 bits.
+    cells = [level_map.flatten(2).transpose(1, 2).reshape(-1, channels) for level_map in maps]
+    table = torch.cat(cells).to(boxes.dtype)
 
     heights, widths, offsets, total = [], [], [], 0
     for level_map in maps:
@@ -77,10 +79,7 @@ def pool_regions(
 
     num_terms = index.shape[-1] * index.shape[-2]
     pooled = F.embedding_bag(
-        index.reshape(-1, num_terms),
-        table,
-        mode="sum",
-        per_sample_weights=weight.reshape(-1, num_terms).to(table.dtype),
+        index.reshape(-1, num_terms), table, mode="sum", per_sample_weights=weight.reshape(-1, num_terms)
     )
     return pooled.view(batch, boxes.shape[1], size * size, channels)
 
