@@ -12,15 +12,16 @@ STRIDES = (4, 8, 16, 32)
 def _timm_stages(backbone: nn.Module) -> list[list[nn.Module]]:
     """Split timm's feature network into stem and stages by the modules that its `feature_info` names."""
     network = backbone._backbone
+    modules = dict(network.named_modules())
     # Not the containers, which may straddle stages; timm's batch norms own parameters and children.
     parts = [
         module
-        for module in network.modules()
+        for module in modules.values()
         if not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
     ]
-    ends = [
-        parts.index(list(network.get_submodule(name).modules())[-1]) for name in network.feature_info.module_name()
-    ]
+    # timm lists "stages.0" where it may have flattened the network to "stages_0".
+    lasts = [modules.get(name) or modules[name.replace(".", "_")] for name in network.feature_info.module_name()]
+    ends = [parts.index(list(last.modules())[-1]) for last in lasts]
     starts = [0, *(end + 1 for end in ends)]
     return [parts[start : end + 1] for start, end in zip(starts, ends, strict=False)]
 
@@ -58,16 +59,13 @@ class DrmmBackbone(nn.Module):
                 f"backbone_config gives {len(self.network.channels)} feature maps; it must give {len(STRIDES)}, at "
                 f"strides {STRIDES} (set out_features or out_indices)."
             )
-        model_type = config.backbone_config.model_type
-        self._frozen = UNUSED_MODULES[model_type](self.network) if model_type in UNUSED_MODULES else []
-        if config.freeze_backbone_stages:
-            if model_type not in BACKBONE_STAGES:
-                raise ValueError(
-                    f"freeze_backbone_stages={config.freeze_backbone_stages} needs to know the stages of the backbone "
-                    f"{model_type!r}; known are {sorted(BACKBONE_STAGES)}."
-                )
-            stages = BACKBONE_STAGES[model_type](self.network)[: config.freeze_backbone_stages]
-            self._frozen += [module for stage in stages for module in stage]
+        self.model_type = config.backbone_config.model_type
+        self.num_frozen_stages = config.freeze_backbone_stages
+        if self.num_frozen_stages and self.model_type not in BACKBONE_STAGES:
+            raise ValueError(
+                f"freeze_backbone_stages={self.num_frozen_stages} needs to know the stages of the backbone "
+                f"{self.model_type!r}; known are {sorted(BACKBONE_STAGES)}."
+            )
         self.train(self.training)
 
     @property
@@ -77,6 +75,12 @@ class DrmmBackbone(nn.Module):
 
     def _batch_norms(self):
         return (module for module in self.network.modules() if isinstance(module, _BatchNorm))
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        # Looked up anew each time: a conversion to SyncBatchNorm replaces modules.
+        stages = BACKBONE_STAGES[self.model_type](self.network) if self.num_frozen_stages else []
+        unused = UNUSED_MODULES.get(self.model_type, lambda network: [])(self.network)
+        return unused + [module for stage in stages[: self.num_frozen_stages] for module in stage]
 
     def train(self, mode: bool = True):
         """Set the mode; what is frozen, and batch norms unless `backbone_norm="train"`, stay in evaluation mode.
@@ -90,7 +94,7 @@ class DrmmBackbone(nn.Module):
                 module.eval()
                 if self.norm_mode == "frozen":
                     module.requires_grad_(False)
-        for module in self._frozen:
+        for module in self._frozen_modules():
             module.eval().requires_grad_(False)
         return self
 
@@ -98,11 +102,10 @@ class DrmmBackbone(nn.Module):
         """Return the maps at strides 4, 8, 16, 32, each of shape `(B, C_l, H / stride, W / stride)`."""
         maps = list(self.network(pixel_values).feature_maps)
         if not torch.compiler.is_compiling():
-            height = pixel_values.shape[-2]
-            for level_map, stride in zip(maps, STRIDES, strict=True):
-                if level_map.shape[-2] not in (height // stride, -(-height // stride)):
-                    raise ValueError(
-                        f"backbone_config gives a map of height {level_map.shape[-2]} for a picture of height {height}; "
-                        f"its maps must have strides {STRIDES} (set out_features or out_indices)."
-                    )
+            height, heights = pixel_values.shape[-2], [level_map.shape[-2] for level_map in maps]
+            if any(h not in (height // s, -(-height // s)) for h, s in zip(heights, STRIDES, strict=True)):
+                raise ValueError(
+                    f"backbone_config gives maps of heights {heights} for pictures of height {height}; their strides "
+                    f"must be {STRIDES} (set out_features or out_indices)."
+                )
         return maps
