@@ -73,9 +73,12 @@ def generate_shapes(
     rows, next_id = [], 1
     for index in range(num_images):
         rng = np.random.default_rng([seed, index])
-        shapes: list[_Shape] = []
-        while len(shapes) < fewest:  # an unlucky large first object may leave no room
+        for _ in range(_TRIES):  # an unlucky large first object may leave no room
             shapes = _arrange(rng, image_size, num_objects, object_sizes, overlap)
+            if len(shapes) >= fewest:
+                break
+        else:
+            raise ValueError(f"num_objects is {num_objects}: {fewest} of object_sizes {object_sizes} do not fit")
         buffer = BytesIO()
         Image.fromarray(_paint(rng, shapes, image_size, noise)).save(buffer, "png", compress_level=0)
         name = f"{index + 1:06d}.png"
