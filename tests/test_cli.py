@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,7 @@ def stub(monkeypatch):
         def run(args):
             raise NotImplementedError
 
-    monkeypatch.setattr(cli, "import_module", lambda name, package: Module)
+    monkeypatch.setattr(cli, "import_module", lambda name: Module)
     return Module
 
 
@@ -82,3 +83,10 @@ def test_the_command_line_itself_needs_only_the_standard_library():
         "assert not {'torch', 'transformers', 'numpy', 'drmm_hf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_recipes_in_examples_exist():
+    root = Path(__file__).parents[1]
+    recipes = [word for _, example in cli.COMMANDS.values() for word in example.split() if word.startswith("scripts/")]
+    assert recipes
+    assert [recipe for recipe in recipes if not (root / recipe).is_file()] == []

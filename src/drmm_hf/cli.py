@@ -8,7 +8,10 @@ from importlib import import_module
 
 
 COMMANDS = {
-    "train": ("train a detector from a recipe", "drmm train scripts/recipes/quickstart.yaml --output runs/quickstart"),
+    "train": (
+        "train a detector from a recipe",
+        "drmm train scripts/recipes/quickstart_generated.yaml --output runs/quickstart",
+    ),
     "evaluate": (
         "measure AP and ECE of a detector",
         "drmm evaluate runs/quickstart/best DATA --split val --output OUT",
@@ -39,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument("--debug", action="store_true", help="show where an error comes from")
         if name in argv[:1]:
-            import_module(f".commands.{name}", __package__).add_arguments(command)
+            import_module(f"drmm_hf.commands.{name}").add_arguments(command)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "fields"):
         parser.error(f"{args.command} does not know {' '.join(rest)}")
     if rest:
         args.fields = rest
     try:
-        return import_module(f".commands.{args.command}", __package__).run(args)
+        return import_module(f"drmm_hf.commands.{args.command}").run(args)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         if args.debug:
             raise

@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, overrides)
 
     from accelerate import PartialState
+    from transformers.utils import logging
 
     from ..training.loop import train
 
+    logging.disable_progress_bar()  # of each model file written or read
     summary = train(recipe)
     if PartialState().is_main_process:
         output_dir = Path(recipe.training.output_dir)

@@ -96,9 +96,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         accelerator.print(f"resuming {checkpoint} at step {progress.step}")
     clock = Clock(accelerator, progress, training)
     steps_per_epoch = math.ceil(len(loader) / training.accumulation_steps)
-    total_steps = min(
-        (training.max_steps or math.inf, training.epochs * steps_per_epoch if training.epochs else math.inf)
-    )
+    total_steps = min(training.max_steps or math.inf, (training.epochs or math.inf) * steps_per_epoch)
+    if progress.step_in_epoch >= steps_per_epoch:  # resumed with larger batches
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         recipe.save(output_dir / "recipe.yaml")
