@@ -1,0 +1,51 @@
+"""What tests of the model share: a tiny configuration, pictures and labels, all seeded."""
+
+import torch
+from transformers import ResNetConfig
+
+from drmm_hf import DrmmConfig
+
+
+# On tensors this small, threads only get in each other's way.
+torch.set_num_threads(1)
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def tiny_resnet() -> ResNetConfig:
+    return ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic", out_features=STAGES
+    )
+
+
+def tiny_config(**overrides) -> DrmmConfig:
+    """Return the configuration of a detector of 12 queries, 2 stages and 3 classes on a ResNet 8 channels wide."""
+    fields = {
+        "num_queries": 12,
+        "proposal_grid": [3, 4],
+        "num_stages": 2,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "dynamic_size": 4,
+        "backbone_config": tiny_resnet(),
+    }
+    if not overrides.keys() & {"num_labels", "id2label"}:
+        fields["num_labels"] = 3
+    return DrmmConfig(**(fields | overrides))
+
+
+def random_pictures(batch_size: int = 2, height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def random_labels(*counts: int, num_labels: int = 3, seed: int = 0, dtype=torch.float32) -> list[dict]:
+    """Return labels of `len(counts)` pictures, the i-th with `counts[i]` boxes inside the picture."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for count in counts:
+        size = 0.1 + 0.4 * torch.rand(count, 2, generator=generator)
+        centre = size / 2 + (1 - size) * torch.rand(count, 2, generator=generator)
+        classes = torch.randint(0, num_labels, (count,), generator=generator)
+        labels.append({"class_labels": classes, "boxes": torch.cat([centre, size], 1).to(dtype)})
+    return labels

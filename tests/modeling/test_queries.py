@@ -1,0 +1,53 @@
+"""Initial query boxes and their place on pictures."""
+
+import pytest
+import torch
+
+from conftest import tiny_config
+from drmm_hf.modeling.queries import DrmmQueries, initial_query_boxes
+
+
+@pytest.mark.parametrize(("rows", "columns", "size"), [(15, 20, 0.5), (3, 4, 0.2), (1, 1, 1)])
+def test_grid_row_by_row(rows, columns, size):
+    boxes = initial_query_boxes(rows * columns, [rows, columns], size)
+    expected = [[(c + 0.5) / columns, (r + 0.5) / rows, size, size] for r in range(rows) for c in range(columns)]
+    torch.testing.assert_close(boxes, torch.tensor(expected))
+
+
+def test_without_a_grid_every_query_is_the_whole_picture():
+    assert initial_query_boxes(3, None, 0.5).tolist() == [[0.5, 0.5, 1, 1]] * 3
+
+
+def filled(**overrides):
+    config = tiny_config(**overrides)
+    queries = DrmmQueries(config)
+    with torch.no_grad():
+        queries.boxes.copy_(initial_query_boxes(config.num_queries, config.proposal_grid, config.proposal_size))
+        queries.features.normal_(generator=torch.Generator().manual_seed(0))
+    return queries
+
+
+def test_boxes_lie_on_each_unpadded_picture_in_its_own_pixels():
+    boxes, features = filled(num_queries=2, proposal_grid=[1, 2], proposal_size=0.5)(
+        torch.tensor([[40, 80], [10, 100]])
+    )
+    assert boxes.tolist() == [[[0, 10, 40, 30], [40, 10, 80, 30]], [[0, 2.5, 50, 7.5], [50, 2.5, 100, 7.5]]]
+    assert features.shape == (2, 2, 16) and torch.equal(features[0], features[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "box_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_boxes_are_at_least_float32(dtype, box_dtype):
+    boxes, features = filled().to(dtype)(torch.tensor([[800, 1333]]))
+    assert boxes.dtype == box_dtype and features.dtype == dtype
+
+
+def test_both_are_learnt():
+    queries = filled()
+    boxes, features = queries(torch.tensor([[40, 80], [10, 100]]))
+    (boxes.sum() + features.sum()).backward()
+    # Centres move both corners, sizes move them apart; two pictures add up.
+    torch.testing.assert_close(queries.boxes.grad, torch.tensor([[360.0, 100.0, 0.0, 0.0]]).expand(12, 4))
+    assert torch.equal(queries.features.grad, torch.full((12, 16), 2.0))
