@@ -141,7 +141,10 @@ def test_the_picture_shows_the_shapes():
         ({"num_objects": (5, 3)}, r"num_objects is \(5, 3\)"),
         ({"object_sizes": (0.5, 1.5)}, r"object_sizes is \(0.5, 1.5\)"),
         ({"overlap": -0.1}, "overlap is -0.1"),
-        ({"num_objects": (9, 9), "object_sizes": (1.0, 1.0)}, r"num_objects is \(9, 9\): 9 of .* do not fit"),
+        (
+            {"image_size": (32, 32), "num_objects": (9, 9), "object_sizes": (1.0, 1.0)},
+            r"num_objects is \(9, 9\): 9 of .* do not fit",
+        ),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,14 +104,15 @@ def load_detection_dataset(
         ValueError: If the split is unknown, the source is not understood or an annotation is wrong.
         FileNotFoundError: If a file is missing.
     """
-    paths = coco_paths(source, split, images=images, annotations=annotations)
-    if paths is not None:
+    found = _find_coco(Path(source), split, images, annotations)
+    if found is not None:
+        content, annotation_file, image_dir = found
         for argument, value in (("categories", categories), ("bbox_format", bbox_format)):
             if value is not None:
                 raise ValueError(
-                    f"{argument} does not apply to COCO annotations ({paths[0]}): the file says it itself"
+                    f"{argument} does not apply to COCO annotations ({annotation_file}): the file says it itself"
                 )
-        return load_coco(*paths, invalid=invalid)
+        return _coco_dataset(content, annotation_file, image_dir, invalid)
     splits = datasets.load_dataset(str(source))
     if split not in splits:
         raise ValueError(f"split {split!r} is not in {source}: it has {sorted(splits)}")
@@ -136,29 +138,8 @@ def coco_paths(
         ValueError: If the folder has COCO annotations, but not of this split.
         FileNotFoundError: If no folder holds the pictures.
     """
-    folder = Path(source)
-    if annotations is None:
-        annotation_file = folder / "annotations" / f"instances_{split}.json"
-        if not annotation_file.is_file():
-            known = sorted(
-                path.stem.removeprefix("instances_") for path in annotation_file.parent.glob("instances_*.json")
-            )
-            if known:
-                raise ValueError(f"split {split!r} is not in {annotation_file.parent}: it has {known}")
-            if images is not None:
-                raise ValueError(f"images is given, but {annotation_file} does not exist: give annotations as well")
-            return None
-    else:
-        annotation_file = Path(annotations)
-    if images is not None:
-        return annotation_file, Path(images)
-    candidates = [folder / split, folder / "images" / split, folder / "images", folder]
-    first = next(iter(_read_annotations(annotation_file)["images"]), {}).get("file_name", "")
-    for candidate in candidates:
-        if (candidate / str(first)).exists():
-            return annotation_file, candidate
-    tried = ", ".join(str(candidate) for candidate in candidates)
-    raise FileNotFoundError(f"{annotation_file}: picture {first!r} is in none of {tried}; name its folder with images")
+    found = _find_coco(Path(source), split, images, annotations)
+    return None if found is None else found[1:]
 
 
 def categories(dataset: Dataset) -> list[dict[str, Any]]:
@@ -235,6 +216,31 @@ def save_coco(dataset: Dataset, folder: str | Path, split: str) -> Path:
 
 
 # COCO ----------------------------------------------------------------------------------------------------------------
+
+
+def _find_coco(
+    folder: Path, split: str, images: str | Path | None, annotations: str | Path | None
+) -> tuple[dict[str, Any], Path, Path] | None:
+    """Find and read a COCO split: the content of its annotation file, the file, the image folder."""
+    annotation_file = folder / "annotations" / f"instances_{split}.json" if annotations is None else Path(annotations)
+    if annotations is None and not annotation_file.is_file():
+        files = annotation_file.parent.glob("instances_*.json")
+        known = sorted(path.stem.removeprefix("instances_") for path in files)
+        if known:
+            raise ValueError(f"split {split!r} is not in {annotation_file.parent}: it has {known}")
+        if images is not None:
+            raise ValueError(f"images is given, but {annotation_file} does not exist: give annotations as well")
+        return None
+    content = _read_annotations(annotation_file)
+    if images is not None:
+        return content, annotation_file, Path(images)
+    candidates = [folder / split, folder / "images" / split, folder / "images", folder]
+    first = str(next(iter(content["images"]), {}).get("file_name", ""))
+    for candidate in candidates:
+        if (candidate / first).exists():
+            return content, annotation_file, candidate
+    tried = ", ".join(str(candidate) for candidate in candidates)
+    raise FileNotFoundError(f"{annotation_file}: picture {first!r} is in none of {tried}; name its folder with images")
 
 
 def _read_annotations(path: Path) -> dict[str, Any]:
@@ -385,7 +391,7 @@ def _integer(record: Mapping[str, Any], key: str, where: str, least: int | None 
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _info(categories: Iterable[Mapping[str, Any]]) -> DatasetInfo:
