@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from drmm_hf.cli import main
+from drmm_cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -11,7 +11,7 @@ OUTPUT = ROOT / "runs" / "quickstart"
 
 
 def detect():
-    """Run the object-detection pipeline of the trained model on a picture that it has not seen, and print its boxes."""
+    """Run the pipeline of the trained model on a picture that it has not seen, and print its boxes."""
     from transformers import pipeline
 
     from drmm_hf.data.generated import generate_shapes

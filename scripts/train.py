@@ -2,7 +2,7 @@
 
 import sys
 
-from drmm_hf.cli import main
+from drmm_cli import main
 
 
 if __name__ == "__main__":

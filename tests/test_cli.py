@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from drmm_hf import cli
+import drmm_cli as cli
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """`python -m drmm_hf` is `drmm`."""
 
-from .cli import main
+from drmm_cli import main
 
 
 raise SystemExit(main())

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from drmm_hf.cli import main
+from drmm_cli import main
 from drmm_hf.commands.evaluate import table
 from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics
 

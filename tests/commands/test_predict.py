@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drmm_hf.cli import main
+from drmm_cli import main
 from drmm_hf.commands.predict import find_pictures
 
 

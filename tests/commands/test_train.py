@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForObjectDetection
 
-from drmm_hf.cli import main
+from drmm_cli import main
 from drmm_hf.commands.train import parse_fields
 from drmm_hf.data.coco import save_coco
 from drmm_hf.data.generated import generate_shapes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     metrics = evaluate(
         model, processor, dataset, annotations, args.output, batch_size=args.batch_size, top_k=args.top_k
     )
-    pictures = _draw(dataset, annotations, metrics, Path(args.output))
+    pictures = draw_pictures(dataset, annotations, Path(args.output))
     print(table(metrics))
     print(f"written to {args.output}: metrics.json, detections.json, {', '.join(pictures)}")
     return 0
@@ -107,10 +108,17 @@ def _per_cent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _draw(
-    dataset: datasets.Dataset, annotations: Mapping[str, Any], metrics: Mapping[str, Any], output: Path
-) -> list[str]:
-    """Draw a few pictures, annotations on the left and detections on the right, and the reliability diagram."""
+def draw_pictures(dataset: datasets.Dataset, annotations: Mapping[str, Any], output: Path) -> list[str]:
+    """Draw a few pictures, annotations on the left and detections on the right, and the reliability diagram.
+
+    Args:
+        dataset (`datasets.Dataset`): The evaluated pictures, in the canonical schema.
+        annotations (`Mapping`): Their COCO annotations.
+        output (`Path`): Folder that holds `detections.json` and `metrics.json`; the pictures go there too.
+
+    Returns:
+        `list[str]`: Names of the files: `detections.jpg` and, where matplotlib is installed, `reliability.png`.
+    """
     from transformers.utils import is_matplotlib_available
 
     from ..data.labels import LabelMap
@@ -139,5 +147,6 @@ def _draw(
     grid(images, columns=2, captions=captions).save(output / "detections.jpg", quality=90)
     if not is_matplotlib_available():
         return ["detections.jpg"]
+    metrics = json.loads((output / "metrics.json").read_text())
     reliability_diagram(CalibrationResult.from_dict(metrics["reliability"]), output / "reliability.png")
     return ["detections.jpg", "reliability.png"]

@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils import logging
 
-    from ..training.loop import train
+    from ..training.loop import load_split, train
+    from .evaluate import draw_pictures
 
     logging.disable_progress_bar()  # of each model file written or read
     summary = train(recipe)
@@ -56,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
         figures = {name: summary[name] for name in ("AP", "AP50", "AP75", "ECE")}
         print("  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None))
         print(f"{summary['steps']} steps, {summary['images']} images, {summary['seconds'] / 60:.1f} minutes")
-        print(f"{output_dir / 'best'} is the model; curves, log and summary lie beside it")
         _draw_curves(output_dir)
+        draw_pictures(*load_split(recipe.data, "val"), output_dir)
+        print(f"{output_dir / 'best'} is the model; curves, pictures, log and summary lie beside it")
     return 0
 
 

@@ -43,8 +43,8 @@ class BackboneReport(NamedTuple):
 def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) -> BackboneReport:
     """Load pretrained weights into the backbone of a detector.
 
-    `TimmBackbone.from_pretrained` keeps convolutions but resets batch-norm statistics, and configurations can no longer
-    ask for weights at all; this loads every tensor of the backbone, statistics included, or fails.
+    `TimmBackbone.from_pretrained` keeps convolutions but resets batch-norm statistics, and configurations can no
+    longer ask for weights at all; this loads every tensor of the backbone, statistics included, or fails.
 
     Args:
         model (`DrmmModel` or `DrmmForObjectDetection`): its backbone is changed in place.
@@ -69,7 +69,7 @@ def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) 
     wrong = [name for name, value in matched.items() if value.shape != own[name].shape]
     if wrong:
         shapes = f"{tuple(matched[wrong[0]].shape)} instead of {tuple(own[wrong[0]].shape)}"
-        raise ValueError(f"{source}: {len(wrong)} tensors have another shape than the backbone, {wrong[0]!r} {shapes}.")
+        raise ValueError(f"{source}: {len(wrong)} tensors have a wrong shape, {wrong[0]!r} {shapes}.")
     _check_statistics(matched, network, source)
     network.load_state_dict(matched, strict=False)
     left_over = sorted(set(weights) - set(matched))
@@ -121,8 +121,8 @@ def _match(weights: dict[str, Tensor], own: dict[str, Tensor], source) -> dict[s
     missing = [name for name in own if name not in matched and not name.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(
-            f"{source}: {len(missing)} of the backbone's {len(own)} tensors have no weights, the first {missing[0]!r}; "
-            f"the source's first name is {next(iter(weights), None)!r}. Is it of another architecture?"
+            f"{source}: {len(missing)} of the backbone's {len(own)} tensors have no weights, the first "
+            f"{missing[0]!r}; the source's first name is {next(iter(weights), None)!r}. Is it of another architecture?"
         )
     return matched
 

@@ -1,4 +1,8 @@
-"""The `drmm` command: find the command and its arguments, run it, turn its errors into one line."""
+"""The `drmm` command: find the command and its arguments, run it, turn its errors into one line.
+
+A module beside the package, because importing anything from the package imports transformers, and `drmm --help` must
+not wait for that.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         args.fields = rest
     try:
         return import_module(f"drmm_hf.commands.{args.command}").run(args)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
         print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
