@@ -1,0 +1,118 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import ResNetConfig, TimmBackboneConfig
+
+from drmm_hf import DrmmConfig, DrmmForObjectDetection, DrmmImageProcessor
+from drmm_hf.conversion.backbone_weights import load_backbone_weights
+
+
+SMALL = {
+    "num_queries": 4,
+    "proposal_grid": [2, 2],
+    "num_stages": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "dynamic_size": 4,
+}
+RESNET = {"hidden_sizes": [8, 16, 24, 32], "embedding_size": 8, "depths": [1, 1, 1, 1], "layer_type": "basic"}
+
+
+def resnet_detector():
+    backbone = ResNetConfig(**RESNET, out_features=["stage1", "stage2", "stage3", "stage4"])
+    return DrmmForObjectDetection(DrmmConfig(backbone_config=backbone, **SMALL))
+
+
+def trained(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return weights of the network's shapes that no initialisation gives."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(value.shape, generator=generator) + 0.5 if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
+
+
+@pytest.fixture
+def weights():
+    return trained(resnet_detector().model.backbone.network)
+
+
+def written(weights, folder):
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def test_every_tensor_is_loaded_statistics_included_and_the_rest_reported(weights, tmp_path):
+    model = resnet_detector()
+    report = load_backbone_weights(model, written(weights | {"classifier.weight": torch.ones(3)}, tmp_path))
+    loaded = model.model.backbone.network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    assert sorted(report.loaded) == sorted(weights) and report.left_over == ["classifier.weight"]
+    assert "1 left over (classifier.weight)" in str(report)
+
+
+@pytest.mark.parametrize("prefix", ["resnet.", "backbone.", "model."])
+def test_a_prefix_of_all_names_is_seen_through(weights, tmp_path, prefix):
+    model = resnet_detector()
+    path = written({prefix + name: value for name, value in weights.items()}, tmp_path)
+    assert len(load_backbone_weights(model.model, path).loaded) == len(weights)
+    name = "embedder.embedder.convolution.weight"
+    assert torch.equal(model.model.backbone.network.state_dict()[name], weights[name])
+
+
+def test_torchvision_names_become_those_of_transformers(tmp_path):
+    from torchvision.models import resnet18
+
+    theirs = trained(resnet18())
+    backbone = ResNetConfig(
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    model = DrmmForObjectDetection(DrmmConfig(backbone_config=backbone, **SMALL))
+    network = resnet18()
+    network.load_state_dict(theirs)
+    load_backbone_weights(model, written(theirs, tmp_path))
+    picture = torch.rand(1, 3, 64, 64) / 100
+    with torch.no_grad():
+        ours = model.model.backbone.eval()(picture)[0]
+        x = network.eval().maxpool(network.relu(network.bn1(network.conv1(picture))))
+        torch.testing.assert_close(ours, network.layer1(x), rtol=1e-4, atol=1e-4)
+
+
+def test_untrained_statistics_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="statistics of all 13 batch norms are 0 and 1|batch norms are 0 and 1"):
+        load_backbone_weights(
+            resnet_detector(), written(resnet_detector().model.backbone.network.state_dict(), tmp_path)
+        )
+
+
+def test_a_missing_tensor_another_shape_and_another_network_are_errors(weights, tmp_path):
+    name = "encoder.stages.0.layers.0.layer.0.convolution.weight"
+    untouched = resnet_detector()
+    before = {key: value.clone() for key, value in untouched.state_dict().items()}
+    with pytest.raises(ValueError, match="1 of the backbone's .* have no weights, the first .*stages.0"):
+        load_backbone_weights(untouched, written({k: v for k, v in weights.items() if k != name}, tmp_path))
+    with pytest.raises(ValueError, match=r"wrong shape, .*stages.0.*\(2, 2\) instead of \(8, 8, 3, 3\)"):
+        load_backbone_weights(untouched, written(weights | {name: torch.ones(2, 2)}, tmp_path))
+    with pytest.raises(ValueError, match="another architecture"):
+        load_backbone_weights(untouched, written({"x.y": torch.ones(1)}, tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors' is not a file"):
+        load_backbone_weights(untouched, "nowhere.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in untouched.state_dict().items())
+
+
+def test_a_timm_backbone_gives_its_own_normalisation_to_the_processor(tmp_path):
+    backbone = TimmBackboneConfig(backbone="tf_efficientnet_lite0", out_indices=(1, 2, 3, 4))
+    model = DrmmForObjectDetection(DrmmConfig(backbone_config=backbone, **SMALL))
+    processor = DrmmImageProcessor()
+    weights = trained(model.model.backbone.network._backbone)
+    report = load_backbone_weights(model, written(weights, tmp_path), processor)
+    assert processor.image_mean == processor.image_std == report.mean == report.std == [0.5, 0.5, 0.5]
+    loaded = model.model.backbone.network._backbone.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    model.save_pretrained(tmp_path / "model")
+    again = DrmmForObjectDetection.from_pretrained(tmp_path / "model").model.backbone.network._backbone.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
