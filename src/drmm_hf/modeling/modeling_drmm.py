@@ -79,6 +79,13 @@ class DrmmPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"queries.boxes"}
 
+    def _initialize_weights(self, module, *args, **kwargs):
+        """Initialise containers too: transformers skips those of classes outside itself, and our rules live there.
+
+        It does so for the sake of code that overwrites loaded tensors; `transformers.initialization` never does.
+        """
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Initialise what no checkpoint gave: Xavier uniform matrices, as the public code does."""
