@@ -35,7 +35,7 @@ def generate_shapes(
     *,
     num_objects: tuple[int, int] = (3, 12),
     object_sizes: tuple[float, float] = (0.12, 0.5),
-    overlap: float = 0.3,
+    overlap: float = 0.25,
     noise: float = 6.0,
 ) -> Dataset:
     """Draw pictures of overlapping shapes.
