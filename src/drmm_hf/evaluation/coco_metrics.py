@@ -126,7 +126,7 @@ def run_quietly(evaluation: COCOeval, description: str) -> None:
     match = evaluation.evaluateImg
     params = evaluation.params
     total = len(set(params.imgIds)) * len(set(params.catIds)) * len(params.areaRng)
-    with tqdm(total=total, desc=description, delay=2, leave=False) as bar, contextlib.redirect_stdout(io.StringIO()):
+    with tqdm(total=total, desc=description, delay=2, disable=None, leave=False) as bar, contextlib.redirect_stdout(io.StringIO()):
 
         def match_and_count(*arguments: Any) -> Any:
             bar.update()

@@ -94,7 +94,7 @@ def predict(
         bar.update(len(image_ids))
 
     try:
-        with tqdm(total=total, desc="predicting", unit="image", delay=2, disable=not progress, leave=False) as bar:
+        with tqdm(total=total, desc="predicting", unit="image", delay=2, disable=None if progress else True, leave=False) as bar:
             for row in dataset:
                 image_id = int(row["image_id"])
                 if image_id in results:
