@@ -126,7 +126,8 @@ def run_quietly(evaluation: COCOeval, description: str) -> None:
     match = evaluation.evaluateImg
     params = evaluation.params
     total = len(set(params.imgIds)) * len(set(params.catIds)) * len(params.areaRng)
-    with tqdm(total=total, desc=description, delay=2, disable=None, leave=False) as bar, contextlib.redirect_stdout(io.StringIO()):
+    bar = tqdm(total=total, desc=description, delay=2, disable=None, leave=False)  # None: only on a terminal
+    with bar, contextlib.redirect_stdout(io.StringIO()):
 
         def match_and_count(*arguments: Any) -> Any:
             bar.update()

@@ -94,7 +94,8 @@ def predict(
         bar.update(len(image_ids))
 
     try:
-        with tqdm(total=total, desc="predicting", unit="image", delay=2, disable=None if progress else True, leave=False) as bar:
+        hidden = None if progress else True  # None: shown on a terminal
+        with tqdm(total=total, desc="predicting", unit="image", delay=2, disable=hidden, leave=False) as bar:
             for row in dataset:
                 image_id = int(row["image_id"])
                 if image_id in results:
