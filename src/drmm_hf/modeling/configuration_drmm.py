@@ -7,7 +7,6 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import auto_docstring
 
 
 # What a saved config.json or the library itself may pass besides the fields below.
@@ -29,77 +28,95 @@ _LIBRARY_KEYWORDS = {
 }
 
 
-@auto_docstring(checkpoint="drmm-hf/drmm-sparse-rcnn-r50")
 @strict
 class DrmmConfig(PreTrainedConfig):
-    r"""
-    decoder_type (`str`, *optional*, defaults to `"sparse_rcnn"`):
-        Structure of a decoder stage. `"sparse_rcnn"`: RoI pooling, self-attention, dynamic convolution.
-    neck_type (`str`, *optional*, defaults to `"fpn"`):
-        What turns the backbone's four maps into maps of `hidden_size` channels. `"fpn"`: feature pyramid network.
-    head_type (`str`, *optional*, defaults to `"mixture"`):
-        What a stage predicts. `"mixture"`: box, scale, objectness and class of a mixture component (Figure 4).
-    criterion (`str`, *optional*, defaults to `"nll_mcm"`):
-        Training objective. `"nll_mcm"`: Eq. 4-8.
-    num_queries (`int`, *optional*, defaults to 300):
-        Number K of mixture components, one a query.
-    num_stages (`int`, *optional*, defaults to 6):
-        Number of refinement stages of the decoder.
-    hidden_size (`int`, *optional*, defaults to 256):
-        Channels of the pyramid maps and of the query features.
-    dynamic_size (`int`, *optional*, defaults to 64):
-        Inner channels of the dynamic convolution (Sparse R-CNN's `dynamic_feat_channels`).
-    proposal_grid (`list[int]` or `None`, *optional*, defaults to `[15, 20]`):
-        Rows and columns of the initial query boxes; their product must be `num_queries`. `None` starts every query
-        from the whole picture, as Sparse R-CNN does.
-    proposal_size (`float`, *optional*, defaults to 0.5):
-        Width and height of the initial grid boxes, as a fraction of the picture.
-    roi_size (`int`, *optional*, defaults to 7):
-        Bins along each side of a pooled region.
-    roi_sampling_ratio (`int`, *optional*, defaults to 2):
-        Samples along each side of a bin.
-    roi_level_base (`float`, *optional*, defaults to 56):
-        Side length in pixels from which on regions leave the finest map.
-    num_class_layers (`int`, *optional*, defaults to 1):
-        Linear layers of the branch before class and objectness.
-    num_box_layers (`int`, *optional*, defaults to 3):
-        Linear layers of the branch before box and scale.
-    box_delta_unit (`str`, *optional*, defaults to `"pixels"`):
-        Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's; `"box"` measures
-        them in sides of the stage's input box, which trains faster on little data.
-    box_delta_factor (`float`, *optional*, defaults to 0.5):
-        With `box_delta_unit="box"`: mu = box + delta * factor * side.
-    box_scale_factor (`float`, *optional*, defaults to 0.1):
-        With `box_delta_unit="box"`: gamma = softplus(raw) * factor * side.
-    top_k_ratio (`float` or `None`, *optional*):
-        Share of the queries kept after every stage, by objectness (Appendix C.2). `None` keeps all.
-    top_k_last_stage (`bool`, *optional*, defaults to `True`):
-        Select after the last stage too, as the public code does; the paper selects between stages only.
-    mcm_weight (`float`, *optional*, defaults to 0.5):
-        Weight beta of the maximum-component-maximisation term.
-    mcm_stop_gradient (`list[str]`, *optional*, defaults to `["F"]`):
-        Factors of the MCM likelihood that pass no gradient: any of "pi", "F", "P" (Table 7).
-    min_scale_ratio (`float`, *optional*, defaults to 0.04):
-        Floor of gamma as a fraction of the predicted box's sides. An addition of the public code; 0 is the paper.
-    likelihood_epsilon (`float`, *optional*, defaults to 1e-12):
-        Added to likelihoods before the logarithm. An addition of the public code; 0 is the paper.
-    coordinate_distribution (`str`, *optional*, defaults to `"cauchy"`):
-        Density of a box coordinate: "cauchy", "gaussian" or "student_t".
-    student_t_freedom (`float`, *optional*, defaults to 1.0):
-        Degrees of freedom of "student_t".
-    class_exponent (`float`, *optional*, defaults to 1.0):
-        Power of the class probability in the likelihood. An addition of the public code.
-    scale_mixing_by_num_objects (`bool`, *optional*, defaults to `True`):
-        Multiply pi by the picture's number of ground truths. An addition of the public code.
-    loss_weight (`float`, *optional*, defaults to 1.0):
-        Factor of the whole loss. 2 gives the gradients of the public code, which sums over the 2 pictures of a GPU.
-    freeze_backbone_stages (`int`, *optional*, defaults to 0):
-        Number of frozen backbone stages, counted with the stem: 0 freezes nothing, 1 the stem and the first stage.
-    backbone_norm (`str`, *optional*, defaults to `"eval"`):
-        Batch norms of the backbone while training: `"train"` uses batch statistics, `"eval"` stored statistics with
-        trained affine parameters, `"frozen"` stored statistics and fixed affine parameters.
-    category_ids (`list[int]`, *optional*):
-        The data set's own category id of each label, for writing results.
+    """Hold every number of a D-RMM detector; the defaults are the public code's R50 model with 300 queries on COCO.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to a ResNet-50):
+            Any transformers backbone with four maps at strides 4, 8, 16, 32.
+        decoder_type (`str`, *optional*, defaults to `"sparse_rcnn"`):
+            Structure of a decoder stage. `"sparse_rcnn"`: RoI pooling, self-attention, dynamic convolution.
+        neck_type (`str`, *optional*, defaults to `"fpn"`):
+            What turns the backbone's four maps into maps of `hidden_size` channels. `"fpn"`: feature pyramid network.
+        head_type (`str`, *optional*, defaults to `"mixture"`):
+            What a stage predicts. `"mixture"`: box, scale, objectness and class of a mixture component (Figure 4).
+        criterion (`str`, *optional*, defaults to `"nll_mcm"`):
+            Training objective. `"nll_mcm"`: Eq. 4-8.
+        num_queries (`int`, *optional*, defaults to 300):
+            Number K of mixture components, one a query.
+        num_stages (`int`, *optional*, defaults to 6):
+            Number of refinement stages of the decoder.
+        hidden_size (`int`, *optional*, defaults to 256):
+            Channels of the pyramid maps and of the query features.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of the self-attention between queries.
+        intermediate_size (`int`, *optional*, defaults to 2048):
+            Inner channels of the feed-forward network.
+        attention_dropout (`float`, *optional*, defaults to 0):
+            Dropout of attention weights.
+        dropout (`float`, *optional*, defaults to 0):
+            Dropout of the three residual branches of a stage and within the feed-forward network.
+        dynamic_size (`int`, *optional*, defaults to 64):
+            Inner channels of the dynamic convolution (Sparse R-CNN's `dynamic_feat_channels`).
+        proposal_grid (`list[int]` or `None`, *optional*, defaults to `[15, 20]`):
+            Rows and columns of the initial query boxes; their product must be `num_queries`. `None` starts every query
+            from the whole picture, as Sparse R-CNN does.
+        proposal_size (`float`, *optional*, defaults to 0.5):
+            Width and height of the initial grid boxes, as a fraction of the picture.
+        roi_size (`int`, *optional*, defaults to 7):
+            Bins along each side of a pooled region.
+        roi_sampling_ratio (`int`, *optional*, defaults to 2):
+            Samples along each side of a bin.
+        roi_level_base (`float`, *optional*, defaults to 56):
+            A region of area s * s goes to level floor(log2(s / base)): from twice the base on it leaves the finest map.
+        num_class_layers (`int`, *optional*, defaults to 1):
+            Linear layers of the branch before class and objectness.
+        num_box_layers (`int`, *optional*, defaults to 3):
+            Linear layers of the branch before box and scale.
+        box_delta_unit (`str`, *optional*, defaults to `"pixels"`):
+            Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's;
+            `"box"` measures
+            them in sides of the stage's input box, which trains faster on little data.
+        box_delta_factor (`float`, *optional*, defaults to 0.5):
+            With `box_delta_unit="box"`: mu = box + delta * factor * side.
+        box_scale_factor (`float`, *optional*, defaults to 0.1):
+            With `box_delta_unit="box"`: gamma = softplus(raw) * factor * side.
+        top_k_ratio (`float` or `None`, *optional*):
+            Share of the queries kept after every stage, by objectness (Appendix C.2). `None` keeps all.
+        top_k_last_stage (`bool`, *optional*, defaults to `True`):
+            Select after the last stage too, as the public code does; the paper selects between stages only.
+        mcm_weight (`float`, *optional*, defaults to 0.5):
+            Weight beta of the maximum-component-maximisation term.
+        mcm_stop_gradient (`list[str]`, *optional*, defaults to `["F"]`):
+            Factors of the MCM likelihood that pass no gradient: any of "pi", "F", "P" (Table 7).
+        min_scale_ratio (`float`, *optional*, defaults to 0.04):
+            Floor of gamma as a fraction of the predicted box's sides. An addition of the public code; 0 is the paper.
+        likelihood_epsilon (`float`, *optional*, defaults to 1e-12):
+            Added to likelihoods before the logarithm. An addition of the public code; 0 is the paper.
+        coordinate_distribution (`str`, *optional*, defaults to `"cauchy"`):
+            Density of a box coordinate: "cauchy", "gaussian" or "student_t".
+        student_t_freedom (`float`, *optional*, defaults to 1.0):
+            Degrees of freedom of "student_t".
+        class_exponent (`float`, *optional*, defaults to 1.0):
+            Power of the class probability in the likelihood. An addition of the public code.
+        scale_mixing_by_num_objects (`bool`, *optional*, defaults to `True`):
+            Multiply pi by the picture's number of ground truths. An addition of the public code.
+        loss_weight (`float`, *optional*, defaults to 1.0):
+            Factor of the whole loss. 2 gives the gradients of the public code, which sums over the 2
+            pictures of a GPU.
+        freeze_backbone_stages (`int`, *optional*, defaults to 0):
+            Number of frozen backbone stages, counted with the stem: 0 freezes nothing, 1 the stem and the first stage.
+        backbone_norm (`str`, *optional*, defaults to `"eval"`):
+            Batch norms of the backbone while training: `"train"` uses batch statistics, `"eval"` stored
+            statistics with
+            trained affine parameters, `"frozen"` stored statistics and fixed affine parameters.
+        category_ids (`list[int]`, *optional*):
+            The data set's own category id of each label, for writing results.
+
+    Raises:
+        ValueError: if a field is unknown (the nearest is named); wrong types and values raise the errors of
+            `huggingface_hub.dataclasses.strict`, which name field, value and rule.
     """
 
     model_type = "drmm"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbone import DrmmBackbone
 from .boxes import frame_scale, image_sizes_from_mask, xyxy_to_cxcywh
@@ -127,8 +127,13 @@ class DrmmPreTrainedModel(PreTrainedModel):
                         init.uniform_(layer.bias, -bound, bound)
 
 
-@auto_docstring(custom_intro="Backbone, neck, queries and decoder of D-RMM: a mixture for every picture and stage.")
 class DrmmModel(DrmmPreTrainedModel):
+    """Predict a mixture for every picture and stage: backbone, neck, queries and decoder.
+
+    Args:
+        config (`DrmmConfig`): every number of the architecture. Weights start random; `from_pretrained` loads some.
+    """
+
     def __init__(self, config: DrmmConfig):
         super().__init__(config)
         self.backbone = DrmmBackbone(config)
@@ -138,13 +143,17 @@ class DrmmModel(DrmmPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
     def forward(
         self, pixel_values: torch.FloatTensor, pixel_mask: torch.LongTensor | None = None, **kwargs
     ) -> DrmmModelOutput:
-        r"""
-        pixel_mask (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
-            1 on the picture, which sits in the top-left corner, 0 on padding. `None`: no padding.
+        """Predict the mixtures.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures, as the image processor makes
+                them.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): 1 on the picture, which sits in the top-left
+                corner, 0 on padding. `None`: no padding.
+            **kwargs: accepted for the library's sake, not used; `return_dict=False` returns a tuple.
 
         Returns:
             `DrmmModelOutput`: features, the mixture of every stage and the sizes of the unpadded pictures.
@@ -165,8 +174,13 @@ class DrmmModel(DrmmPreTrainedModel):
         return DrmmModelOutput(last_hidden_state=features, mixtures=mixtures, image_sizes=image_sizes)
 
 
-@auto_docstring(custom_intro="D-RMM object detector: confidences, boxes and their scales; with labels, the loss.")
 class DrmmForObjectDetection(DrmmPreTrainedModel):
+    """Detect objects: confidences, boxes and their scales; with labels, the loss.
+
+    Args:
+        config (`DrmmConfig`): every number of architecture and objective.
+    """
+
     def __init__(self, config: DrmmConfig):
         super().__init__(config)
         self.model = DrmmModel(config)
@@ -184,7 +198,6 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
         self.__dict__["_criterion"] = criterion
 
     @can_return_tuple
-    @auto_docstring
     def forward(
         self,
         pixel_values: torch.FloatTensor,
@@ -193,16 +206,24 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
         output_auxiliary: bool | None = None,
         **kwargs,
     ) -> DrmmObjectDetectionOutput:
-        r"""
-        pixel_mask (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
-            1 on the picture, which sits in the top-left corner, 0 on padding. `None`: no padding.
-        labels (`list[dict]`, *optional*):
-            Per image `class_labels` (`(N,)`, int64) and `boxes` (`(N, 4)`, cxcywh in [0, 1] of the unpadded picture).
-        output_auxiliary (`bool`, *optional*):
-            Return the earlier stages in `auxiliary_outputs`; by default when labels are given.
+        """Detect, and with labels compute the loss.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures, as the image processor makes
+                them.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): 1 on the picture, which sits in the top-left
+                corner, 0 on padding. `None`: no padding.
+            labels (`list[dict]`, *optional*): per image `class_labels` (`(N,)`, int64) and `boxes` (`(N, 4)`, cxcywh
+                in [0, 1] of the unpadded picture).
+            output_auxiliary (`bool`, *optional*): return the earlier stages in `auxiliary_outputs`; by default when
+                labels are given.
+            **kwargs: accepted for the library's sake, not used; `return_dict=False` returns a tuple.
 
         Returns:
             `DrmmObjectDetectionOutput`: predictions of the last stage and, with labels, the loss.
+
+        Raises:
+            ValueError: if labels or mask do not fit the pictures; the message names the entry and the rule.
         """
         outputs = self.model(pixel_values, pixel_mask, return_dict=True, **kwargs)
         predictions = [self._predictions(mixture, outputs.image_sizes) for mixture in outputs.mixtures[-1:]]
