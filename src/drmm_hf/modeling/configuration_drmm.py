@@ -69,7 +69,7 @@ class DrmmConfig(PreTrainedConfig):
         roi_sampling_ratio (`int`, *optional*, defaults to 2):
             Samples along each side of a bin.
         roi_level_base (`float`, *optional*, defaults to 56):
-            A region of area s * s goes to level floor(log2(s / base)): from twice the base on it leaves the finest map.
+            A region of area s * s is pooled from level floor(log2(s / base)), within 0 to 3; finest is 0.
         num_class_layers (`int`, *optional*, defaults to 1):
             Linear layers of the branch before class and objectness.
         num_box_layers (`int`, *optional*, defaults to 3):
