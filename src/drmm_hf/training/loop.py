@@ -77,7 +77,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     model, processor = build_model(recipe, label_map)
     category_of_label(model.config, annotations["categories"])  # the two splits name the same classes
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda" and model.config.backbone_norm == "train":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import convert_sync_batchnorm  # torch's own would lose the activation in timm's batch norms
+
+        model = convert_sync_batchnorm(model)
     if training.channels_last:
         model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
