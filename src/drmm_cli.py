@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments after `drmm`; by default those of the process.
 
     Returns:
-        `int`: 0, or 2 if an argument, a file or a value is wrong (said in one line on stderr).
+        `int`: 0, 2 if an argument, a file or a value is wrong (said in one line on stderr), or 130 if interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="drmm", description="End-to-end object detection with D-RMM.")
@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         args.fields = rest
     try:
         return import_module(f"drmm_hf.commands.{args.command}").run(args)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print(f"drmm {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
         print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -90,3 +90,17 @@ def test_recipes_in_examples_exist():
     recipes = [word for _, example in cli.COMMANDS.values() for word in example.split() if word.startswith("scripts/")]
     assert recipes
     assert [recipe for recipe in recipes if not (root / recipe).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (FloatingPointError("loss is not finite"), 2)],
+    ids=["ctrl-c", "nan"],
+)
+def test_interruptions_and_diverged_losses_are_said_in_one_line(stub, capsys, error, code):
+    def run(args):
+        raise error
+
+    stub.run = run
+    assert cli.main(["predict", "x"]) == code
+    assert capsys.readouterr().err.startswith("drmm predict: ")

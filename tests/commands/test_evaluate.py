@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -79,3 +80,36 @@ def test_the_table_shows_what_is_not_defined_and_what_was_left_out():
     assert lines[5].split() == ["1.20", "-"]
     assert "a long name   12.35" in lines and "b                 -" in lines
     assert lines[-1] == "4 boxes without width or height were left out"
+
+
+@pytest.mark.parametrize("displayed", [True, False], ids=["displayed", "stored"])
+def test_pictures_are_turned_as_their_annotations_see_them(model_folder, tmp_path, displayed):
+    """A camera's picture with an EXIF orientation, annotated in either frame, gives the boxes of the plain picture."""
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    seen = stored.transpose(Image.Transpose.ROTATE_270) if displayed else stored
+    results = []
+    for name, picture, options in (("plain", seen, {}), ("exif", stored, {"exif": exif})):
+        folder = tmp_path / name
+        (folder / "annotations").mkdir(parents=True)
+        picture.save(folder / "0.png", **options)
+        content = {
+            "images": [{"id": 4, "file_name": "0.png", "width": seen.width, "height": seen.height}],
+            "annotations": [{"id": 1, "image_id": 4, "category_id": 3, "bbox": [5, 8, 30, 25], "area": 700}],
+            "categories": [{"id": 3, "name": "round"}, {"id": 8, "name": "square"}],
+        }
+        (folder / "annotations" / "instances_val.json").write_text(json.dumps(content))
+        assert main(["evaluate", str(model_folder), str(folder), "--output", str(folder / "out")]) == 0
+        results.append(json.loads((folder / "out" / "detections.json").read_text()))
+    assert results[0] == results[1]
+
+
+def test_pictures_of_another_size_than_annotated_are_named(model_folder, coco_folder, tmp_path, capsys):
+    content = json.loads((coco_folder / "annotations" / "instances_val.json").read_text())
+    content["images"][1]["width"] = 160
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(content))
+    options = ["--images", str(coco_folder / "val"), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", str(model_folder), str(path), *options]) == 2
+    assert "'1.png' (image 10) is 80 x 60, its annotations say 160 x 60" in capsys.readouterr().err

@@ -5,7 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from drmm_cli import main
 from drmm_hf.commands.predict import find_pictures
@@ -57,3 +59,59 @@ def test_find_pictures_takes_files_and_folders_once(coco_folder, tmp_path):
         find_pictures([tmp_path])
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         find_pictures([tmp_path / "nowhere"])
+
+
+def test_no_picture_is_drawn_over(model_folder, coco_folder, tmp_path):
+    Image.open(coco_folder / "val" / "0.png").save(tmp_path / "0.jpg")
+    before = (tmp_path / "0.jpg").read_bytes()
+    assert main(["predict", str(model_folder), str(tmp_path), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "0.jpg").read_bytes() == before
+    assert (tmp_path / "0_2.jpg").exists()
+
+
+@pytest.mark.parametrize("broken", ["cut", "16 bits"])
+def test_pictures_that_cannot_be_read_are_named(model_folder, coco_folder, tmp_path, capsys, broken):
+    picture = tmp_path / "picture.png"
+    if broken == "cut":
+        picture.write_bytes((coco_folder / "val" / "0.png").read_bytes()[:3000])
+    else:
+        Image.fromarray(np.full((60, 80), 3000, dtype=np.uint16)).save(picture)
+    assert main(["predict", str(model_folder), str(picture), "--output", str(tmp_path / "out")]) == 2
+    assert str(picture) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda weights: weights.popitem(), "missing or of another shape"),
+        (
+            lambda weights: weights.update({name: value[:-1] for name, value in weights.items() if value.dim()}),
+            "of another shape",
+        ),
+        (
+            lambda weights: [value.fill_(torch.nan) for value in weights.values() if value.is_floating_point()],
+            "finite",
+        ),
+        (None, "no detector"),
+    ],
+    ids=["incomplete", "other shapes", "nan", "cut"],
+)
+def test_damaged_weights_are_refused(model_folder, coco_folder, tmp_path, capsys, damage, words):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    path = folder / "model.safetensors"
+    if damage is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        weights = load_file(path)
+        damage(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+    arguments = [str(folder), str(coco_folder / "val" / "0.png"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_unknown_device_is_named(model_folder, coco_folder, tmp_path, capsys):
+    arguments = [str(model_folder), str(coco_folder / "val" / "0.png"), "--output", str(tmp_path)]
+    assert main(["predict", *arguments, "--device", "banana"]) == 2
+    assert "device is 'banana'" in capsys.readouterr().err

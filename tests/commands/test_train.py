@@ -107,3 +107,11 @@ def test_fields_are_read_in_every_form(entries):
             arguments += [f"--{name}={value}"] if with_equals else [f"--{name}", value]
     expected = {name: "true" if value is None else value for name, value, _ in entries}
     assert parse_fields(arguments) == expected
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_pictures_is_named(shapes, tmp_path, capsys, split):
+    path = Path(shapes) / "annotations" / f"instances_{split}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"images": [], "annotations": []}))
+    assert main(["train", TINY, "--data", shapes, "--output", str(tmp_path / "run"), "--max-minutes", "1"]) == 2
+    assert f"split '{split}' of {shapes} has no pictures" in capsys.readouterr().err

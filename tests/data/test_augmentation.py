@@ -206,3 +206,14 @@ def test_arguments_out_of_range(arguments, message):
 
 def test_paper_short_edges():
     assert augmentation.PAPER_SHORT_EDGES == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1)])
+def test_multiscale_leaves_a_pixel_of_long_and_thin_pictures(size):
+    augmentation = build_augmentation("flip_multiscale", short_edges=[64], max_long_edge=96)
+    boxes = tv_tensors.BoundingBoxes([[0.0, 0.0, size[1], size[0]]], format="XYXY", canvas_size=size)
+    ones = torch.ones(1, dtype=torch.int64)
+    target = {"boxes": boxes, "labels": ones, "area": torch.tensor([2000.0]), "iscrowd": 0 * ones, "ids": ones}
+    image, target = augmentation(torch.zeros(3, *size, dtype=torch.uint8), target)
+    assert sorted(image.shape[1:]) == [1, 96]
+    assert len(target["boxes"]) == 1

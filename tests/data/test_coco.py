@@ -528,3 +528,19 @@ def test_sizes_of_datasets_sources_are_those_displayed(tmp_path):
     dataset = coco._from_datasets(splits, "train", "here", None, "xywh", "error")
     assert (dataset[0]["width"], dataset[0]["height"]) == SIZE[::-1] == dataset[0]["image"].size
     assert dataset[0]["file_name"] == "turned.jpg"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("bbox", [0, 0, 10**400, 5], "4 finite numbers"),
+        ("area", -3.0, "at least 0"),
+        ("id", 2**63, "64 bits"),
+    ],
+)
+def test_numbers_that_no_column_holds_are_named(coco_folder, content, key, value, words):
+    folder, write = coco_folder
+    content["annotations"][0][key] = value
+    write(content)
+    with pytest.raises(ValueError, match=rf"annotations\[0\].*{words}"):
+        load_coco(folder / "annotations" / "instances_val.json", folder / "val")

@@ -119,9 +119,11 @@ def draw_pictures(dataset: datasets.Dataset, annotations: Mapping[str, Any], out
     Returns:
         `list[str]`: Names of the files: `detections.jpg` and, where matplotlib is installed, `reliability.png`.
     """
+    import datasets
     from transformers.utils import is_matplotlib_available
 
     from ..data.labels import LabelMap
+    from ..data.loading import load_image
     from ..evaluation.calibration import CalibrationResult
     from ..evaluation.detections import Detections
     from ..visualization.draw_boxes import draw_boxes, grid
@@ -136,12 +138,14 @@ def draw_pictures(dataset: datasets.Dataset, annotations: Mapping[str, Any], out
     objects = Detections.from_coco(truth, label_map, dataset["image_id"])
     few = min(_NUM_PICTURES, len(dataset))
     images, captions = [], []
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
     for index in range(few):
         row = dataset[index * len(dataset) // few]
+        image = load_image(row)
         annotated = {name: objects[row["image_id"]][name] for name in ("boxes", "labels")}
         images += [
-            draw_boxes(row["image"], annotated, label_map.id2label),
-            draw_boxes(row["image"], detections[row["image_id"]], label_map.id2label),
+            draw_boxes(image, annotated, label_map.id2label),
+            draw_boxes(image, detections[row["image_id"]], label_map.id2label),
         ]
         captions += [f"{row['file_name']}: annotations", "detections scoring 0.3 and more"]
     grid(images, columns=2, captions=captions).save(output / "detections.jpg", quality=90)

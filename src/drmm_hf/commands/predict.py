@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.predict import load_detector, predict
     from ..visualization.draw_boxes import draw_boxes
 
-    dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "image": [str(path) for path in paths]})
+    files = [str(path) for path in paths]
+    dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": files, "image": files})
     dataset = dataset.cast_column("image", datasets.Image())
     model, processor = load_detector(args.model, args.device)
     detections = predict(model, processor, dataset)
@@ -114,12 +115,13 @@ def _box(values: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     return entry
 
 
-def _drawn_paths(paths: Iterable[Path], output: Path) -> list[Path]:
-    """Return where each drawn picture goes: its own name, numbered where several pictures share it."""
+def _drawn_paths(paths: Collection[Path], output: Path) -> list[Path]:
+    """Return where each drawn picture goes: its own name, numbered where that is taken, by a picture itself too."""
     drawn: list[Path] = []
+    originals = {path.resolve() for path in paths}
     for path in paths:
         target, number = output / f"{path.stem}.jpg", 1
-        while target in drawn:
+        while target in drawn or target.resolve() in originals:
             number += 1
             target = output / f"{path.stem}_{number}.jpg"
         drawn.append(target)

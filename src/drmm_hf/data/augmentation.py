@@ -65,8 +65,8 @@ def build_augmentation(
     if callable(preset):
         return Augmentation(preset, resizes=False)
     flips = [v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)]
-    resize = [v2.RandomShortestSize(list(short_edges), max_long_edge)]
-    crop = v2.Compose([v2.RandomShortestSize([400, 500, 600], max_long_edge), RandomSizeCrop(384, 600)])
+    resize = [RandomShortestSize(list(short_edges), max_long_edge)]
+    crop = v2.Compose([RandomShortestSize([400, 500, 600], max_long_edge), RandomSizeCrop(384, 600)])
     distort = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(_MEAN_COLOUR, (1.0, 2.0)), v2.RandomIoUCrop()]
     steps = {
         "none": [],
@@ -123,6 +123,15 @@ class Augmentation:
         return image.as_subclass(Tensor), target | {
             "area": _area(target["boxes"]) * torch.tensor([covered[id_] for id_ in target["ids"].tolist()])
         }
+
+
+class RandomShortestSize(v2.RandomShortestSize):
+    """Resize to a random shorter side, of at least one pixel however long and thin the picture is."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the size: height and width in pixels."""
+        params = super().make_params(flat_inputs)
+        return params | {"size": tuple(max(1, side) for side in params["size"])}
 
 
 class RandomSizeCrop(v2.Transform):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -315,8 +315,8 @@ def _canonical_object(record: Mapping[str, Any], known: Mapping[int, str], where
     area = record.get("area")
     if area is None:
         area = bbox[2] * bbox[3]
-    elif not _is_finite(area):
-        raise ValueError(f"{where}: area is {area!r}, must be a finite number")
+    elif not _is_finite(area) or area < 0:
+        raise ValueError(f"{where}: area is {area!r}, must be a finite number of at least 0")
     crowd = record.get("iscrowd")
     if crowd not in (None, 0, 1):
         raise ValueError(f"{where}: iscrowd is {crowd!r}, must be 0 or 1")
@@ -387,11 +387,13 @@ def _integer(record: Mapping[str, Any], key: str, where: str, least: int | None 
         raise ValueError(f"{where}: {key} is {value!r}, must be an integer")
     if least is not None and value < least:
         raise ValueError(f"{where}: {key} is {value!r}, must be at least {least}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: {key} is {value!r}, must fit into 64 bits")
     return int(value)
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _info(categories: Iterable[Mapping[str, Any]]) -> DatasetInfo:

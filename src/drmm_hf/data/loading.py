@@ -33,21 +33,26 @@ def load_image(row: Mapping[str, Any]) -> Image.Image:
     height.
 
     Args:
-        row (`Mapping`): A canonical row. Its `image` had better be undecoded (`{"bytes", "path"}`), since `datasets`
-            always applies the orientation.
+        row (`Mapping`): A canonical row, or one of `image_id` and `image` alone. Its `image` had better be undecoded
+            (`{"bytes", "path"}`), since `datasets` always applies the orientation.
 
     Returns:
         `PIL.Image.Image`: The RGB picture.
 
     Raises:
         ValueError: If neither orientation has the annotated size, or the picture is not of 8 bits.
+        OSError: If the picture cannot be decoded.
     """
-    name = f"{row['file_name']!r} (image {row['image_id']})"
-    stored = row["image"] if isinstance(row["image"], Image.Image) else open_image(row["image"])
+    name = f"{row.get('file_name', 'picture')!r} (image {row['image_id']})"
+    try:
+        stored = row["image"] if isinstance(row["image"], Image.Image) else open_image(row["image"])
+        stored.load()
+    except OSError as error:
+        raise OSError(f"{name} cannot be read: {error}") from error
     if stored.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has pixels of mode {stored.mode!r}: convert it to 8 bits first")
-    size = (row["width"], row["height"])
     image = ImageOps.exif_transpose(stored)
+    size = (row.get("width", image.width), row.get("height", image.height))
     if image.size != size:
         image = stored
     if image.size != size:

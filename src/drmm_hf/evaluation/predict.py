@@ -7,8 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import datasets
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
+
+from drmm_hf.data.loading import load_image
 
 from .detections import Detections
 
@@ -28,16 +32,30 @@ def load_detector(name: str, device: str | torch.device | None = None) -> tuple[
         `tuple[torch.nn.Module, Any]`: The model in evaluation mode and its processor.
 
     Raises:
-        ValueError: If there is no detector of this name.
+        ValueError: If there is no detector of this name, if its weights are damaged or incomplete (transformers would
+            fill the gaps with random numbers), or if there is no such device.
     """
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
     try:
-        model = AutoModelForObjectDetection.from_pretrained(name)
+        model, report = AutoModelForObjectDetection.from_pretrained(
+            name, ignore_mismatched_sizes=True, output_loading_info=True
+        )
         processor = AutoImageProcessor.from_pretrained(name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"model is {name!r}, which is no detector in a folder or on the Hub: {error}") from error
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    lacking = [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]
+    lacking = [key for key in lacking if not key.endswith("num_batches_tracked")]  # counts for training alone
+    if lacking:
+        raise ValueError(
+            f"model is {name!r}, whose weights do not fit its config: {len(lacking)} are missing or of another shape, "
+            f"such as {min(lacking)}"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device).eval(), processor
+    except RuntimeError as error:
+        raise ValueError(f"device is {str(device)!r}, which cannot be used: {error}") from error
 
 
 @torch.no_grad()
@@ -59,8 +77,9 @@ def predict(
         model (`torch.nn.Module`): A transformers object detector: its output feeds the processor's
             `post_process_object_detection`.
         processor (`Any`): The image processor of the model.
-        dataset (`Iterable[Mapping]`): Rows with `image_id` and a PIL `image`, such as a canonical dataset. A row whose
-            `image_id` was seen before is left out, so repeated pictures of a distributed sampler count once.
+        dataset (`Iterable[Mapping]`): Rows with `image_id` and a PIL `image`, such as a canonical dataset, whose
+            pictures are turned as their annotations see them. A row whose `image_id` was seen before is left out, so
+            repeated pictures of a distributed sampler count once.
         batch_size (`int`): Largest number of pictures in a batch.
         device (`str` or `torch.device`, *optional*): Where to run; the model is moved there. By default where it is.
         top_k (`int`): Number of detections kept a picture, over all classes, without a threshold.
@@ -70,14 +89,16 @@ def predict(
         `Detections`: One result a picture, in the order of the dataset, boxes in pixels of the original picture.
 
     Raises:
-        ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections, or if a
-            result is not finite.
+        ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections, if a
+            picture is not of 8 bits or of another size than its annotations, or if a result is not finite.
     """
     for name, value in (("batch_size", batch_size), ("top_k", top_k)):
         if value < 1:
             raise ValueError(f"{name} is {value}; the rule is at least 1.")
     if not hasattr(processor, "post_process_object_detection"):
         raise ValueError(f"processor is a {type(processor).__name__}, which has no post_process_object_detection.")
+    if isinstance(dataset, datasets.Dataset):
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
     if device is not None:
         model.to(device)
     was_training = model.training
@@ -102,7 +123,7 @@ def predict(
                     bar.update()
                     continue
                 results[image_id] = None  # keeps the order of the dataset
-                image = row["image"].convert("RGB")
+                image = load_image(row)
                 inputs = processor(images=[image], return_tensors="pt")
                 inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
                 size = tuple(inputs["pixel_values"].shape)
@@ -136,6 +157,9 @@ def _detect(
     outputs = model(**batch)
     for name in ("logits", "pred_boxes"):  # half precision cannot name a pixel of a large picture
         outputs[name] = outputs[name].float()
+        # A processor would drop them without a word: no score is above a threshold if it is not a number.
+        if outputs[name].isnan().any():
+            raise ValueError(f"{name} of the model are not finite; look at its weights, or run it in float32.")
 
     # Processors keep what lies strictly above the threshold: -1 keeps scores of exactly 0 too.
     options = {"threshold": -1.0, "target_sizes": torch.tensor(target_sizes)}

@@ -190,7 +190,7 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
         one, else built from the dataset.
 
     Raises:
-        ValueError: If the recipe does not say where the data are.
+        ValueError: If the recipe does not say where the data are, or if there are no pictures.
     """
     if data.source == "generated":
         count, seed = {"train": (data.num_train_images, 0), "val": (data.num_val_images, 1)}[split]
@@ -208,6 +208,8 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
         bbox_format=data.bbox_format,
         invalid=data.invalid_boxes,
     )
+    if not len(dataset):
+        raise ValueError(f"split {name!r} of {source} has no pictures")
     paths = coco_paths(source, name, images=images, annotations=annotations)
     return dataset, ground_truth(dataset) if paths is None else load_annotations(paths[0])
 
