@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         command = subparsers.add_parser(
             name,
             help=summary,
-            description=f"{summary.capitalize()}.",
+            description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example: {example}",
             allow_abbrev=False,
         )

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
+    from transformers.utils import logging
+
     from ..data.coco import coco_paths, load_detection_dataset
     from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.evaluate import evaluate
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     # A box without area is an error in training data; here it counts in the untouched annotations as COCO counts it.
     dataset = load_detection_dataset(source, args.split, **places, invalid="skip")
     annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    logging.disable_progress_bar()  # of each weight that is loaded
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
     model, processor = load_detector(args.model, args.device)
 
     metrics = evaluate(

@@ -37,18 +37,20 @@ def run(args: argparse.Namespace) -> int:
     paths = find_pictures(args.images)
 
     import datasets
+    from transformers.utils import logging
 
     from ..evaluation.predict import load_detector, predict
     from ..visualization.draw_boxes import draw_boxes
 
+    logging.disable_progress_bar()  # of each weight that is loaded
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)  # before the work, so that a place that cannot be written costs none
     files = [str(path) for path in paths]
     dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": files, "image": files})
     dataset = dataset.cast_column("image", datasets.Image())
     model, processor = load_detector(args.model, args.device)
     detections = predict(model, processor, dataset)
 
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     names = model.config.id2label
     records = []
     for path, row, drawn_path in zip(paths, dataset, _drawn_paths(paths, output), strict=True):
