@@ -238,7 +238,7 @@ finite = st.floats(-1000, 1000, allow_nan=False)
 @given(
     st.lists(
         st.lists(
-            st.tuples(finite, finite, st.floats(1e-3, 900), st.floats(1e-3, 900), st.integers(0, 1), finite),
+            st.tuples(finite, finite, st.floats(1e-3, 900), st.floats(1e-3, 900), st.integers(0, 1), st.floats(0, 1000)),
             max_size=4,
         ),
         max_size=3,
