@@ -232,13 +232,14 @@ def test_boxes_that_overshoot_a_little_are_kept_as_they_are(coco_folder, content
 
 
 finite = st.floats(-1000, 1000, allow_nan=False)
+areas = st.floats(0, 1000)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.lists(
-            st.tuples(finite, finite, st.floats(1e-3, 900), st.floats(1e-3, 900), st.integers(0, 1), st.floats(0, 1000)),
+            st.tuples(finite, finite, st.floats(1e-3, 900), st.floats(1e-3, 900), st.integers(0, 1), areas),
             max_size=4,
         ),
         max_size=3,
