@@ -96,7 +96,7 @@ def test_a_killed_run_resumes_bit_by_bit(tiny_recipe, tmp_path, monkeypatch, kil
     def save_then_kill(accelerator, output_dir, model, processor, progress, keep_last):
         save_checkpoint(accelerator, output_dir, model, processor, progress, keep_last)
         if progress.step == killed_at:
-            with (output_dir / "log.jsonl").open("a") as file:  # what the dead session logged after its checkpoint
+            with (output_dir / "log.jsonl").open("a") as file:  # what the dead run logged after its checkpoint
                 file.write(json.dumps({"step": killed_at + 1, "loss": 0.0}) + '\n{"step": ')
             raise Killed
 

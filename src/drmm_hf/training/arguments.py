@@ -104,7 +104,7 @@ class TrainingArguments:
         epochs (`int`, *optional*): Passes over the training split. The first of the three bounds ends the run.
         max_steps (`int`, *optional*): Bound in optimiser steps.
         max_minutes (`float`, *optional*): Bound in minutes of wall clock since the first step, evaluations in between
-            and earlier sessions of a resumed run included. Loading comes before it, and the two evaluations at the end
+            and earlier parts of a resumed run included. Loading comes before it, and the two evaluations at the end
             (of the last weights, and of the best checkpoint read back) come on top.
         schedule (`str`): `multi_step`, `cosine` or `constant` learning rate after the warm-up.
         schedule_by (`str`): Progress of the schedule is the fraction of `steps` done or of `time` used.

@@ -366,7 +366,7 @@ class Clock:
 
     Args:
         accelerator (`Accelerator`): With several processes and a bound in minutes, the first one's clock counts.
-        progress (`Progress`): `seconds` used by earlier sessions; `read` updates it.
+        progress (`Progress`): `seconds` used by earlier parts of the run; `read` updates it.
         training (`TrainingArguments`): `max_minutes`.
     """
 
@@ -404,7 +404,7 @@ class Log:
 
     Args:
         accelerator (`Accelerator`): Its trackers are started here.
-        output_dir (`Path`): Folder of the run. Lines of later steps, from a session that was killed, are removed.
+        output_dir (`Path`): Folder of the run. Lines of later steps, from a run that was killed, are removed.
         progress (`Progress`): Where the run stands.
         total_steps (`float`): Steps of the whole run, for the bar; infinite if time ends it.
     """
