@@ -77,7 +77,7 @@ class DrmmConfig(PreTrainedConfig):
         box_delta_unit (`str`, *optional*, defaults to `"pixels"`):
             Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's;
             `"box"` measures
-            them in sides of the stage's input box, which trains faster on little data.
+            them in sides of the stage's input box, meant for little data.
         box_delta_factor (`float`, *optional*, defaults to 0.5):
             With `box_delta_unit="box"`: mu = box + delta * factor * side.
         box_scale_factor (`float`, *optional*, defaults to 0.1):
