@@ -3,25 +3,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import ResNetConfig, TimmBackboneConfig
 
-from drmm_hf import DrmmConfig, DrmmForObjectDetection, DrmmImageProcessor
+from conftest import tiny_config
+from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.conversion.backbone_weights import load_backbone_weights
 
 
-SMALL = {
-    "num_queries": 4,
-    "proposal_grid": [2, 2],
-    "num_stages": 1,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "dynamic_size": 4,
-}
-RESNET = {"hidden_sizes": [8, 16, 24, 32], "embedding_size": 8, "depths": [1, 1, 1, 1], "layer_type": "basic"}
-
-
 def resnet_detector():
-    backbone = ResNetConfig(**RESNET, out_features=["stage1", "stage2", "stage3", "stage4"])
-    return DrmmForObjectDetection(DrmmConfig(backbone_config=backbone, **SMALL))
+    return DrmmForObjectDetection(tiny_config())
 
 
 def trained(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -71,7 +59,7 @@ def test_torchvision_names_become_those_of_transformers(tmp_path):
         layer_type="basic",
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    model = DrmmForObjectDetection(DrmmConfig(backbone_config=backbone, **SMALL))
+    model = DrmmForObjectDetection(tiny_config(backbone_config=backbone))
     network = resnet18()
     network.load_state_dict(theirs)
     load_backbone_weights(model, written(theirs, tmp_path))
@@ -106,7 +94,7 @@ def test_a_missing_tensor_another_shape_and_another_network_are_errors(weights, 
 
 def test_a_timm_backbone_gives_its_own_normalisation_to_the_processor(tmp_path):
     backbone = TimmBackboneConfig(backbone="tf_efficientnet_lite0", out_indices=(1, 2, 3, 4))
-    model = DrmmForObjectDetection(DrmmConfig(backbone_config=backbone, **SMALL))
+    model = DrmmForObjectDetection(tiny_config(backbone_config=backbone))
     processor = DrmmImageProcessor()
     weights = trained(model.model.backbone.network._backbone)
     report = load_backbone_weights(model, written(weights, tmp_path), processor)

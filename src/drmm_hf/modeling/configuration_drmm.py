@@ -75,9 +75,8 @@ class DrmmConfig(PreTrainedConfig):
         num_box_layers (`int`, *optional*, defaults to 3):
             Linear layers of the branch before box and scale.
         box_delta_unit (`str`, *optional*, defaults to `"pixels"`):
-            Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's;
-            `"box"` measures
-            them in sides of the stage's input box, meant for little data.
+            Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's; `"box"`
+            measures them in sides of the stage's input box, meant for little data.
         box_delta_factor (`float`, *optional*, defaults to 0.5):
             With `box_delta_unit="box"`: mu = box + delta * factor * side.
         box_scale_factor (`float`, *optional*, defaults to 0.1):
