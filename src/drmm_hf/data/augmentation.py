@@ -19,6 +19,10 @@ from torchvision.transforms.v2 import functional as F  # noqa: N812
 Preset = Literal["none", "flip", "flip_multiscale", "paper", "small_data"]
 PAPER_SHORT_EDGES = tuple(range(480, 801, 32))
 """Shorter sides of multi-scale training, in pixels. Source: section 4.1, the usual 480 to 800."""
+PAPER_CROP_SHORT_EDGES = (400, 500, 600)
+"""Shorter sides of a picture before it is cropped, in pixels. Source: section 4.1, as in DETR."""
+PAPER_CROP_SIZES = (384, 600)
+"""Shortest and longest side of a crop, in pixels. Source: section 4.1, as in DETR."""
 
 _MEAN_COLOUR = {tv_tensors.Image: (124, 116, 104)}  # around a picture that was zoomed out: ImageNet's mean
 
@@ -30,6 +34,9 @@ def build_augmentation(
     vertical_flip: float = 0.0,
     short_edges: Sequence[int] = PAPER_SHORT_EDGES,
     max_long_edge: int = 1333,
+    crop_short_edges: Sequence[int] = PAPER_CROP_SHORT_EDGES,
+    crop_sizes: Sequence[int] = PAPER_CROP_SIZES,
+    colour_distortion: float = 0.0,
 ) -> Augmentation:
     """Build the augmentation of a training set.
 
@@ -38,8 +45,11 @@ def build_augmentation(
     | `none` | nothing (but boxes are clipped to the picture, as in all others) |
     | `flip` | flips |
     | `flip_multiscale` | flips; resize to a random shorter side |
-    | `paper` | flips; half of the time resize to 400, 500 or 600, crop 384 to 600; resize to a random shorter side |
+    | `paper` | flips; half of the time resize and crop a random part; resize to a random shorter side |
     | `small_data` | colour distortion; half of the time zoom out; a crop that keeps a box; flips; resize as above |
+
+    A picture is resized and cropped in proportion to the size of the model input: the paper's figures are for 800
+    pixels, and `paper` with `short_edges` around 240 wants `crop_short_edges` and `crop_sizes` of that order too.
 
     Args:
         preset (`str` or `Callable`): One of the above, or a function of (picture, target) that returns the two.
@@ -47,6 +57,10 @@ def build_augmentation(
         vertical_flip (`float`): Probability of an upside-down flip; 0.5 suits pictures without an up, as microscopy.
         short_edges (`Sequence[int]`): Shorter sides to choose from, in pixels, in the presets that resize.
         max_long_edge (`int`): Upper bound of the longer side, in pixels, in the presets that resize.
+        crop_short_edges (`Sequence[int]`): Shorter sides of a picture before its crop, in pixels, in `paper`.
+        crop_sizes (`Sequence[int]`): Shortest and longest side of the crop, in pixels, in `paper`.
+        colour_distortion (`float`): Probability of random brightness, contrast, saturation and hue, in all presets
+            but `none`, and `small_data`, which always has it.
 
     Returns:
         `Augmentation`: A function of (picture, target); its `resizes` tells whether pictures come out at network size,
@@ -55,24 +69,34 @@ def build_augmentation(
     Raises:
         ValueError: If the preset is unknown or a parameter is out of range.
     """
-    for argument, value in (("horizontal_flip", horizontal_flip), ("vertical_flip", vertical_flip)):
+    probabilities = {
+        "horizontal_flip": horizontal_flip,
+        "vertical_flip": vertical_flip,
+        "colour_distortion": colour_distortion,
+    }
+    for argument, value in probabilities.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{argument} is {value!r}, must be a probability in [0, 1]")
     if not short_edges or min(short_edges) < 1 or max(short_edges) > max_long_edge:
         raise ValueError(
             f"short_edges is {list(short_edges)}, must hold sizes from 1 to max_long_edge {max_long_edge}"
         )
+    if not crop_short_edges or min(crop_short_edges) < 1:
+        raise ValueError(f"crop_short_edges is {list(crop_short_edges)}, must hold sizes of at least 1")
+    if len(crop_sizes) != 2 or not 1 <= crop_sizes[0] <= crop_sizes[1]:
+        raise ValueError(f"crop_sizes is {list(crop_sizes)}, must be a shortest and a longest side, at least 1")
     if callable(preset):
         return Augmentation(preset, resizes=False)
     flips = [v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)]
     resize = [RandomShortestSize(list(short_edges), max_long_edge)]
-    crop = v2.Compose([RandomShortestSize([400, 500, 600], max_long_edge), RandomSizeCrop(384, 600)])
+    crop = v2.Compose([RandomShortestSize(list(crop_short_edges), 7 * max(crop_short_edges)), RandomSizeCrop(*crop_sizes)])
+    colour = [v2.RandomApply([v2.RandomPhotometricDistort()], p=colour_distortion)] if colour_distortion else []
     distort = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(_MEAN_COLOUR, (1.0, 2.0)), v2.RandomIoUCrop()]
     steps = {
         "none": [],
-        "flip": flips,
-        "flip_multiscale": flips + resize,
-        "paper": flips + [v2.RandomApply([crop], p=0.5)] + resize,
+        "flip": colour + flips,
+        "flip_multiscale": colour + flips + resize,
+        "paper": colour + flips + [v2.RandomApply([crop], p=0.5)] + resize,
         "small_data": distort + flips + resize,
     }
     if preset not in steps:

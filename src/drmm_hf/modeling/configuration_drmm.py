@@ -1,6 +1,7 @@
 """Configuration of D-RMM: every number of the architecture and the objective, typed, validated and documented."""
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Literal
 
@@ -36,13 +37,17 @@ class DrmmConfig(PreTrainedConfig):
         backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to a ResNet-50):
             Any transformers backbone with four maps at strides 4, 8, 16, 32.
         decoder_type (`str`, *optional*, defaults to `"sparse_rcnn"`):
-            Structure of a decoder stage. `"sparse_rcnn"`: RoI pooling, self-attention, dynamic convolution.
-        neck_type (`str`, *optional*, defaults to `"fpn"`):
-            What turns the backbone's four maps into maps of `hidden_size` channels. `"fpn"`: feature pyramid network.
+            Structure of a decoder stage. `"sparse_rcnn"`: RoI pooling, self-attention, dynamic convolution;
+            `"adamixer"`: self-attention, adaptive 3-D sampling, adaptive mixing.
+        neck_type (`str`, *optional*, defaults to that of the decoder):
+            What turns the backbone's four maps into maps of `hidden_size` channels. `"fpn"`, the default of
+            "sparse_rcnn": feature pyramid network; `"channel_mapping"`, of "adamixer": 1x1 convolutions, no pyramid.
         head_type (`str`, *optional*, defaults to `"mixture"`):
-            What a stage predicts. `"mixture"`: box, scale, objectness and class of a mixture component (Figure 4).
-        criterion (`str`, *optional*, defaults to `"nll_mcm"`):
-            Training objective. `"nll_mcm"`: Eq. 4-8.
+            What a stage predicts. `"mixture"`: box, scale, objectness and class of a mixture component (Figure 4);
+            `"box"`: box and independent class scores, as the baselines do.
+        criterion (`str`, *optional*, defaults to that of the head):
+            Training objective (Tables 2 and 3). With "mixture": `"nll_mcm"` (the default; Eq. 4-8), `"nll"`,
+            `"max_nll"`, `"nll_mcm_bipartite"` or `"bipartite_nll"`; with "box": `"focal_l1_giou"`.
         num_queries (`int`, *optional*, defaults to 300):
             Number K of mixture components, one a query.
         num_stages (`int`, *optional*, defaults to 6):
@@ -59,9 +64,16 @@ class DrmmConfig(PreTrainedConfig):
             Dropout of the three residual branches of a stage and within the feed-forward network.
         dynamic_size (`int`, *optional*, defaults to 64):
             Inner channels of the dynamic convolution (Sparse R-CNN's `dynamic_feat_channels`).
+        num_sampling_groups (`int`, *optional*, defaults to 4):
+            Groups of channels that AdaMixer samples and mixes apart.
+        num_sampling_points (`int`, *optional*, defaults to 32):
+            Points that AdaMixer samples for each query and group (its `in_points`).
+        num_mixing_points (`int`, *optional*, defaults to 128):
+            Points that AdaMixer's spatial mixing gives out for each query and group (its `out_points`).
         proposal_grid (`list[int]` or `None`, *optional*, defaults to `[15, 20]`):
             Rows and columns of the initial query boxes; their product must be `num_queries`. `None` starts every query
             from the whole picture, as Sparse R-CNN does.
+            AdaMixer's query boxes are fixed.
         proposal_size (`float`, *optional*, defaults to 0.5):
             Width and height of the initial grid boxes, as a fraction of the picture.
         roi_size (`int`, *optional*, defaults to 7):
@@ -72,15 +84,18 @@ class DrmmConfig(PreTrainedConfig):
             A region of area s * s is pooled from level floor(log2(s / base)), within 0 to 3; finest is 0.
         num_class_layers (`int`, *optional*, defaults to 1):
             Linear layers of the branch before class and objectness.
-        num_box_layers (`int`, *optional*, defaults to 3):
-            Linear layers of the branch before box and scale.
+        num_box_layers (`int`, *optional*, defaults to that of the decoder):
+            Linear layers of the branch before box and scale: 3 with "sparse_rcnn", 1 with "adamixer".
         box_delta_unit (`str`, *optional*, defaults to `"pixels"`):
             Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's; `"box"`
-            measures them in sides of the stage's input box, meant for little data.
+            measures them in sides of the stage's input box, meant for little data. With "adamixer" it says so of the
+            scales only: its deltas are always relative to the size of the box.
         box_delta_factor (`float`, *optional*, defaults to 0.5):
             With `box_delta_unit="box"`: mu = box + delta * factor * side.
         box_scale_factor (`float`, *optional*, defaults to 0.1):
             With `box_delta_unit="box"`: gamma = softplus(raw) * factor * side.
+        max_log_size_delta (`float`, *optional*, defaults to |ln(16 / 1000)|):
+            Bound of the change of log width and log height that Sparse R-CNN's box head makes in a stage.
         top_k_ratio (`float` or `None`, *optional*):
             Share of the queries kept after every stage, by objectness (Appendix C.2). `None` keeps all.
         top_k_last_stage (`bool`, *optional*, defaults to `True`):
@@ -104,6 +119,27 @@ class DrmmConfig(PreTrainedConfig):
         loss_weight (`float`, *optional*, defaults to 1.0):
             Factor of the whole loss. 2 gives the gradients of the public code, which sums over the 2
             pictures of a GPU.
+        class_cost (`float`, *optional*, defaults to 2):
+            Weight of the focal cost in the matching of "focal_l1_giou".
+        bbox_cost (`float`, *optional*, defaults to 5):
+            Weight of the L1 distance of normalised corners in that matching.
+        giou_cost (`float`, *optional*, defaults to 2):
+            Weight of the negative generalised IoU in that matching.
+        class_loss_coefficient (`float`, *optional*, defaults to 2):
+            Weight of the focal loss.
+        bbox_loss_coefficient (`float`, *optional*, defaults to 5):
+            Weight of the L1 loss of normalised corners.
+        giou_loss_coefficient (`float`, *optional*, defaults to 2):
+            Weight of the generalised IoU loss.
+        focal_alpha (`float`, *optional*, defaults to 0.25):
+            Weight of positives in the focal cost and loss; negatives have 1 - alpha.
+        focal_gamma (`float`, *optional*, defaults to 2):
+            Exponent of the focal cost and loss.
+        num_ground_truth_copies (`int`, *optional*, defaults to 1):
+            Times that "focal_l1_giou" matches each ground truth, to as many queries (Table 10).
+        num_query_groups (`int`, *optional*, defaults to 1):
+            Groups of `num_queries` queries that "focal_l1_giou" trains side by side, as Group-DETR does (Table 11: 12).
+            Attention and matching stay within a group; inference uses the first group only.
         freeze_backbone_stages (`int`, *optional*, defaults to 0):
             Number of frozen backbone stages, counted with the stem: 0 freezes nothing, 1 the stem and the first stage.
         backbone_norm (`str`, *optional*, defaults to `"eval"`):
@@ -129,10 +165,12 @@ class DrmmConfig(PreTrainedConfig):
     attribute_map = {"d_model": "hidden_size", "num_hidden_layers": "num_stages"}
 
     backbone_config: dict | PreTrainedConfig | None = None
-    decoder_type: Literal["sparse_rcnn"] = "sparse_rcnn"
-    neck_type: Literal["fpn"] = "fpn"
-    head_type: Literal["mixture"] = "mixture"
-    criterion: Literal["nll_mcm"] = "nll_mcm"
+    decoder_type: Literal["sparse_rcnn", "adamixer"] = "sparse_rcnn"
+    neck_type: Literal["fpn", "channel_mapping"] | None = None
+    head_type: Literal["mixture", "box"] = "mixture"
+    criterion: (
+        Literal["nll_mcm", "nll", "max_nll", "nll_mcm_bipartite", "bipartite_nll", "focal_l1_giou"] | None
+    ) = None
 
     num_queries: int = 300
     num_stages: int = 6
@@ -142,16 +180,20 @@ class DrmmConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     dropout: float | int = 0.0
     dynamic_size: int = 64
+    num_sampling_groups: int = 4
+    num_sampling_points: int = 32
+    num_mixing_points: int = 128
     proposal_grid: list[int] | tuple[int, ...] | None = (15, 20)
     proposal_size: float | int = 0.5
     roi_size: int = 7
     roi_sampling_ratio: int = 2
     roi_level_base: float | int = 56
     num_class_layers: int = 1
-    num_box_layers: int = 3
+    num_box_layers: int | None = None
     box_delta_unit: Literal["pixels", "box"] = "pixels"
     box_delta_factor: float | int = 0.5
     box_scale_factor: float | int = 0.1
+    max_log_size_delta: float | int = math.log(1000 / 16)
     top_k_ratio: float | int | None = None
     top_k_last_stage: bool = True
 
@@ -164,6 +206,17 @@ class DrmmConfig(PreTrainedConfig):
     class_exponent: float | int = 1.0
     scale_mixing_by_num_objects: bool = True
     loss_weight: float | int = 1.0
+
+    class_cost: float | int = 2.0
+    bbox_cost: float | int = 5.0
+    giou_cost: float | int = 2.0
+    class_loss_coefficient: float | int = 2.0
+    bbox_loss_coefficient: float | int = 5.0
+    giou_loss_coefficient: float | int = 2.0
+    focal_alpha: float | int = 0.25
+    focal_gamma: float | int = 2.0
+    num_ground_truth_copies: int = 1
+    num_query_groups: int = 1
 
     freeze_backbone_stages: int = 0
     backbone_norm: Literal["train", "eval", "frozen"] = "eval"
@@ -179,6 +232,14 @@ class DrmmConfig(PreTrainedConfig):
                 )
         if self.id2label is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = 80
+        defaults = {
+            "neck_type": {"sparse_rcnn": "fpn", "adamixer": "channel_mapping"}.get(self.decoder_type),
+            "num_box_layers": {"sparse_rcnn": 3, "adamixer": 1}.get(self.decoder_type),
+            "criterion": {"mixture": "nll_mcm", "box": "focal_l1_giou"}.get(self.head_type),
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name in ("proposal_grid", "mcm_stop_gradient"):
             if getattr(self, name) is not None:
                 setattr(self, name, list(getattr(self, name)))
@@ -212,12 +273,38 @@ class DrmmConfig(PreTrainedConfig):
             "roi_sampling_ratio",
             "num_class_layers",
             "num_box_layers",
+            "num_sampling_groups",
+            "num_sampling_points",
+            "num_mixing_points",
+            "num_ground_truth_copies",
+            "num_query_groups",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
-        for name in ("proposal_size", "roi_level_base", "box_delta_factor", "box_scale_factor", "student_t_freedom"):
+        for name in (
+            "proposal_size",
+            "roi_level_base",
+            "box_delta_factor",
+            "box_scale_factor",
+            "max_log_size_delta",
+            "student_t_freedom",
+        ):
             _require(getattr(self, name) > 0, name, getattr(self, name), "be positive")
-        for name in ("mcm_weight", "min_scale_ratio", "likelihood_epsilon", "class_exponent", "loss_weight"):
+        for name in (
+            "mcm_weight",
+            "min_scale_ratio",
+            "likelihood_epsilon",
+            "class_exponent",
+            "loss_weight",
+            "class_cost",
+            "bbox_cost",
+            "giou_cost",
+            "class_loss_coefficient",
+            "bbox_loss_coefficient",
+            "giou_loss_coefficient",
+            "focal_gamma",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "not be negative")
+        _require(0 <= self.focal_alpha <= 1, "focal_alpha", self.focal_alpha, "lie in [0, 1]")
         for name in ("dropout", "attention_dropout"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "lie in [0, 1)")
         _require(
@@ -238,6 +325,49 @@ class DrmmConfig(PreTrainedConfig):
                 self.proposal_grid,
                 f"be [rows, columns] whose product is num_queries={self.num_queries}",
             )
+        if self.decoder_type == "adamixer":
+            _require(
+                self.hidden_size % 8 == 0 and self.hidden_size % self.num_sampling_groups == 0,
+                "hidden_size",
+                self.hidden_size,
+                f"be divisible by 8 and by num_sampling_groups={self.num_sampling_groups} with "
+                'decoder_type="adamixer"',
+            )
+        if self.neck_type == "channel_mapping":
+            _require(
+                self.hidden_size % 32 == 0,
+                "hidden_size",
+                self.hidden_size,
+                'be divisible by the 32 groups of the norm of neck_type="channel_mapping"',
+            )
+        if self.head_type == "box":
+            _require(
+                self.criterion == "focal_l1_giou",
+                "criterion",
+                self.criterion,
+                'be "focal_l1_giou" with head_type="box": the others need the densities of head_type="mixture"',
+            )
+            _require(
+                self.top_k_ratio is None,
+                "top_k_ratio",
+                self.top_k_ratio,
+                'be None with head_type="box", which has no objectness to choose queries by',
+            )
+            _require(
+                self.box_delta_unit == "pixels",
+                "box_delta_unit",
+                self.box_delta_unit,
+                'be left at "pixels" with head_type="box", whose deltas always have the unit of its decoder',
+            )
+        else:
+            _require(
+                self.criterion != "focal_l1_giou",
+                "criterion",
+                self.criterion,
+                'be one of the likelihood criteria with head_type="mixture"; "focal_l1_giou" needs head_type="box"',
+            )
+            for name in ("num_ground_truth_copies", "num_query_groups"):
+                _require(getattr(self, name) == 1, name, getattr(self, name), 'be 1 unless head_type="box"')
         if self.top_k_ratio is not None:
             _require(0 < self.top_k_ratio <= 1, "top_k_ratio", self.top_k_ratio, "lie in (0, 1]")
             _require(self.queries_per_stage[-1] >= 1, "top_k_ratio", self.top_k_ratio, "leave at least one query")

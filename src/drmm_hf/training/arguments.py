@@ -44,6 +44,9 @@ class DataArguments:
         vertical_flip (`float`): Probability of an upside-down flip, in presets with flips.
         short_edges (`list[int]`, *optional*): Shorter sides that multi-scale presets choose from, pixels (the
             paper: 480 to 800 by 32); by default `shortest_edge` alone.
+        crop_short_edges (`list[int]`): Shorter sides of a picture before its crop in the preset `paper`, pixels.
+        crop_sizes (`list[int]`): Shortest and longest side of that crop, pixels.
+        colour_distortion (`float`): Probability of random brightness, contrast, saturation and hue.
         bbox_format (`str`, *optional*): `xywh`, `xyxy` or `cxcywh`, for Hub data whose boxes do not prove theirs.
         invalid_boxes (`str`): What to do about boxes without area inside their picture: `error` or `skip`.
         num_workers (`int`): Processes that load and augment pictures, for each training process.
@@ -65,6 +68,9 @@ class DataArguments:
     horizontal_flip: float = 0.5
     vertical_flip: float = 0.0
     short_edges: list[int] | None = None
+    crop_short_edges: list[int] = field(default_factory=lambda: [400, 500, 600])
+    crop_sizes: list[int] = field(default_factory=lambda: [384, 600])
+    colour_distortion: float = 0.0
     bbox_format: Literal["xywh", "xyxy", "cxcywh"] | None = None
     invalid_boxes: Literal["error", "skip"] = "error"
     num_workers: int = 2

@@ -267,6 +267,9 @@ def training_loader(
         vertical_flip=data.vertical_flip,
         short_edges=data.short_edges or [data.shortest_edge],
         max_long_edge=data.longest_edge,
+        crop_short_edges=data.crop_short_edges,
+        crop_sizes=data.crop_sizes,
+        colour_distortion=data.colour_distortion,
     )
     loader = data_loader(
         DetectionDataset(dataset, label_map, augmentation, training.seed),
