@@ -1,7 +1,21 @@
 """Box formats and frames. Boxes are xyxy corners in pixels of the model input unless a name says otherwise."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class BoxPredictions(NamedTuple):
+    """The predictions of one stage with `head_type="box"`: K boxes with independent class scores.
+
+    Attributes:
+        boxes (`torch.Tensor` of shape `(..., K, 4)`): xyxy, pixels of the model input.
+        class_logits (`torch.Tensor` of shape `(..., K, C)`): the sigmoid gives the score of each class.
+    """
+
+    boxes: Tensor
+    class_logits: Tensor
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
