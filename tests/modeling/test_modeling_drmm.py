@@ -73,7 +73,7 @@ class TestOutputs:
         inside = model.model(random_pictures(), mask)
         assert inside.image_sizes.tolist() == [[40, 80], [64, 96]]
         frame = torch.tensor([[80.0, 40, 80, 40], [96, 64, 96, 64]])[:, None]
-        last = inside.mixtures[-1]
+        last = inside.stages[-1]
         torch.testing.assert_close(cxcywh_to_xyxy(outputs.pred_boxes) * frame, last.boxes)
         corners = last.boxes
         sides = torch.stack([corners[..., 2] - corners[..., 0], corners[..., 3] - corners[..., 1]] * 2, dim=-1)
@@ -87,7 +87,7 @@ class TestOutputs:
         assert model(pictures, labels=labels, output_auxiliary=False).auxiliary_outputs is None
         asked = model(pictures, output_auxiliary=True).auxiliary_outputs
         assert len(asked) == 2 and len(model(pictures, labels=labels).auxiliary_outputs) == 2
-        mixtures = model.model(pictures).mixtures
+        mixtures = model.model(pictures).stages
         for stage, predictions in enumerate(asked):
             assert torch.equal(predictions["class_logits"], mixtures[stage].class_logits)
 
@@ -378,7 +378,7 @@ class TestInitialisation:
 
     def test_first_predictions(self, model):
         """Objectness near a half and scales near softplus(0), as zero biases promise."""
-        first = model.eval()(random_pictures()).mixtures[0]
+        first = model.eval()(random_pictures()).stages[0]
         assert 0.3 < first.objectness_logits.sigmoid().mean() < 0.7
         assert 0.4 < first.scales.mean() < 1.3
 

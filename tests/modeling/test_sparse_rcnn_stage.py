@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from conftest import tiny_config
 from drmm_hf.modeling import sparse_rcnn_stage
 from drmm_hf.modeling.roi_pooling import pool_regions
-from drmm_hf.modeling.sparse_rcnn_stage import DrmmSelfAttention, DynamicConv, SparseRcnnStage
+from drmm_hf.modeling.query_layers import DrmmSelfAttention
+from drmm_hf.modeling.sparse_rcnn_stage import DynamicConv, SparseRcnnStage
 
 
 def config(attention="sdpa", **overrides):

@@ -99,7 +99,7 @@ def test_from_a_picture_to_detections_losses_and_gradients(path):
         assert error(value, case[f"fpn.p{level}"]) < 2e-4
 
     outputs = model(case["in.image"], mask.long(), labels=case.labels())
-    mixtures = model.model(case["in.image"], mask.long()).mixtures
+    mixtures = model.model(case["in.image"], mask.long()).stages
     last = case.info["num_stages"] - 1
     for stage in (0, last):
         check_mixture(mixtures[stage], case.starting_with(f"stage{stage}."), 2e-4)

@@ -4,9 +4,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .adamixer_stage import AdaMixerStage
+from .boxes import BoxPredictions
 from .heads import HEADS
 from .mixture import MixtureParameters, take_components
-from .sparse_rcnn_stage import STAGES
+from .sparse_rcnn_stage import SparseRcnnStage
+
+
+STAGES = {"sparse_rcnn": SparseRcnnStage, "adamixer": AdaMixerStage}
 
 
 class DrmmDecoderLayer(GradientCheckpointingLayer):
@@ -21,8 +26,10 @@ class DrmmDecoderLayer(GradientCheckpointingLayer):
         self.stage = STAGES[config.decoder_type](config)
         self.head = HEADS[config.head_type](config)
 
-    def forward(self, features: Tensor, maps: list[Tensor], boxes: Tensor) -> tuple[Tensor, MixtureParameters]:
-        """Return the new features `(B, K, hidden_size)` and the stage's mixture, from boxes xyxy in pixels."""
+    def forward(
+        self, features: Tensor, maps: list[Tensor], boxes: Tensor
+    ) -> tuple[Tensor, MixtureParameters | BoxPredictions]:
+        """Return the new features `(B, K, hidden_size)` and the stage's predictions, from boxes xyxy in pixels."""
         features = self.stage(maps, boxes, features)
         return features, self.head(features, boxes)
 
@@ -41,24 +48,26 @@ class DrmmDecoder(nn.Module):
         self.layers = nn.ModuleList(DrmmDecoderLayer(config) for _ in range(config.num_stages))
         self.queries_per_stage = config.queries_per_stage
 
-    def forward(self, maps: list[Tensor], boxes: Tensor, features: Tensor) -> tuple[Tensor, list[MixtureParameters]]:
+    def forward(
+        self, maps: list[Tensor], boxes: Tensor, features: Tensor
+    ) -> tuple[Tensor, list[MixtureParameters | BoxPredictions]]:
         """Run all stages.
 
         Args:
-            maps (`list[torch.Tensor]`): pyramid maps `(B, hidden_size, H_l, W_l)`.
-            boxes (`torch.Tensor` of shape `(B, K, 4)`): initial query boxes, xyxy, pixels of the model input.
-            features (`torch.Tensor` of shape `(B, K, hidden_size)`): initial query features.
+            maps (`list[torch.Tensor]`): the neck's maps `(B, hidden_size, H_l, W_l)`.
+            boxes (`torch.Tensor` of shape `(B * G, K, 4)`): initial query boxes, xyxy, pixels of the model input.
+            features (`torch.Tensor` of shape `(B * G, K, hidden_size)`): initial query features.
 
         Returns:
-            `tuple[torch.Tensor, list[MixtureParameters]]`: last features and the mixture of every stage. Boxes are
-            detached between stages, features are not; the initial boxes learn through the first stage's locations.
+            `tuple`: last features and the predictions of every stage. Boxes are detached between stages, features are
+            not; the initial boxes learn through the first stage's predictions.
         """
-        mixtures = []
+        stages = []
         for layer, num_kept in zip(self.layers, self.queries_per_stage, strict=True):
-            features, mixture = layer(features, maps, boxes)
-            if num_kept < mixture.boxes.shape[1]:
-                kept = torch.topk(mixture.objectness_logits, num_kept, dim=-1).indices
-                features, mixture = take_components(features, kept), mixture.select(kept)
-            mixtures.append(mixture)
-            boxes = mixture.boxes.detach()
-        return features, mixtures
+            features, predictions = layer(features, maps, boxes)
+            if num_kept < predictions.boxes.shape[1]:
+                kept = torch.topk(predictions.objectness_logits, num_kept, dim=-1).indices
+                features, predictions = take_components(features, kept), predictions.select(kept)
+            stages.append(predictions)
+            boxes = predictions.boxes.detach()
+        return features, stages

@@ -4,37 +4,88 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .boxes import side_lengths
+from .boxes import BoxPredictions, move_cxcywh, move_xyzr, side_lengths
 from .mixture import MixtureParameters, log_mixing_coefficients
 
 
-def _branch(width: int, num_layers: int) -> nn.Sequential:
-    """Stack `num_layers` of linear without bias, layer norm, ReLU."""
-    layers = [(nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU()) for _ in range(num_layers)]
-    return nn.Sequential(*(module for layer in layers for module in layer))
+class PredictionBranches(nn.Module):
+    """The layers before the predictions, one branch for classes and one for boxes: linear, layer norm, ReLU.
+
+    Args:
+        config (`DrmmConfig`): reads `hidden_size`, `num_class_layers`, `num_box_layers`, `decoder_type`: Sparse R-CNN's
+            linear layers have no bias, AdaMixer's have.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, bias = config.hidden_size, config.decoder_type == "adamixer"
+
+        def branch(num_layers: int) -> nn.Sequential:
+            layers = [(nn.Linear(width, width, bias=bias), nn.LayerNorm(width), nn.ReLU()) for _ in range(num_layers)]
+            return nn.Sequential(*(module for layer in layers for module in layer))
+
+        self.class_branch = branch(config.num_class_layers)
+        self.box_branch = branch(config.num_box_layers)
 
 
-class MixtureHead(nn.Module):
+class BoxHead(PredictionBranches):
+    """Predict a box and independent class scores from each query, as the baselines do.
+
+    Args:
+        config (`DrmmConfig`): reads `hidden_size`, `num_labels`, `num_class_layers`, `num_box_layers`,
+            `decoder_type`, which decides what a delta means, and `max_log_size_delta`.
+
+    Source: Sparse R-CNN; AdaMixer.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.box_delta = nn.Linear(config.hidden_size, 4)
+        self.decoder_type = config.decoder_type
+        self.max_log_size_delta = config.max_log_size_delta
+
+    def forward(self, features: Tensor, boxes: Tensor) -> BoxPredictions:
+        """Predict.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, K, hidden_size)`): query features, any floating type.
+            boxes (`torch.Tensor` of shape `(B, K, 4)`): input boxes of the stage, xyxy, pixels, at least float32.
+
+        Returns:
+            `BoxPredictions`: in the type of `boxes`, under autocast too.
+        """
+        class_features, box_features = self.class_branch(features), self.box_branch(features)
+        with torch.autocast(features.device.type, enabled=False):
+            delta = _linear(self.box_delta, box_features, boxes.dtype)
+            if self.decoder_type == "adamixer":
+                moved = move_xyzr(boxes, delta)
+            else:
+                moved = move_cxcywh(boxes, delta, self.max_log_size_delta)
+            return BoxPredictions(moved, _linear(self.classifier, class_features, boxes.dtype))
+
+
+class MixtureHead(PredictionBranches):
     """Predict one mixture component from each query.
 
     Objectness and classes, deltas and scales are separate layers, so that a new set of classes keeps the objectness.
 
     Args:
-        config (`DrmmConfig`): reads `hidden_size`, `num_labels`, `num_class_layers`, `num_box_layers`,
-            `box_delta_unit`, `box_delta_factor`, `box_scale_factor`.
+        config (`DrmmConfig`): reads `hidden_size`, `num_labels`, `num_class_layers`, `num_box_layers`, `decoder_type`,
+            `box_delta_unit`, `box_delta_factor`, `box_scale_factor`. With AdaMixer's decoder mu is the box that its
+            own refinement gives.
 
     Source: Figure 4; depths and bias-free branches are the public code's.
     """
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         width = config.hidden_size
-        self.class_branch = _branch(width, config.num_class_layers)
-        self.box_branch = _branch(width, config.num_box_layers)
         self.objectness = nn.Linear(width, 1)
         self.classifier = nn.Linear(width, config.num_labels)
         self.box_delta = nn.Linear(width, 4)
         self.box_scale = nn.Linear(width, 4)
+        self.decoder_type = config.decoder_type
         self.box_delta_unit = config.box_delta_unit
         self.box_delta_factor = config.box_delta_factor
         self.box_scale_factor = config.box_scale_factor
@@ -59,7 +110,7 @@ class MixtureHead(nn.Module):
                 sides = side_lengths(boxes).detach().abs().clamp(min=1)
                 delta, scales = delta * self.box_delta_factor * sides, scales * self.box_scale_factor * sides
             return MixtureParameters(
-                boxes=boxes + delta,
+                boxes=move_xyzr(boxes, delta) if self.decoder_type == "adamixer" else boxes + delta,
                 scales=scales,
                 class_logits=_linear(self.classifier, class_features, boxes.dtype),
                 objectness_logits=objectness_logits,
@@ -72,4 +123,4 @@ def _linear(layer: nn.Linear, features: Tensor, dtype: torch.dtype) -> Tensor:
     return F.linear(features.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
-HEADS = {"mixture": MixtureHead}
+HEADS = {"mixture": MixtureHead, "box": BoxHead}

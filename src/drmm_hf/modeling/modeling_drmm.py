@@ -1,4 +1,4 @@
-"""D-RMM as transformers models: `DrmmModel` gives mixtures, `DrmmForObjectDetection` scores, boxes and the loss."""
+"""D-RMM as transformers models: `DrmmModel` predicts, `DrmmForObjectDetection` gives scores, boxes and the loss."""
 
 import math
 from dataclasses import dataclass
@@ -10,16 +10,18 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .adamixer_stage import AdaMixerStage, AdaptiveMixing, initial_offset_bias
 from .backbone import DrmmBackbone
-from .boxes import frame_scale, image_sizes_from_mask, xyxy_to_cxcywh
+from .boxes import BoxPredictions, frame_scale, image_sizes_from_mask, xyxy_to_cxcywh
 from .configuration_drmm import DrmmConfig
-from .criteria import CRITERIA, check_labels, pad_targets, reduce_terms
+from .criteria import CRITERIA, Targets, check_labels, pad_targets, reduce_terms
 from .decoder import DrmmDecoder
-from .heads import MixtureHead
+from .heads import BoxHead, MixtureHead
 from .mixture import MixtureParameters, floor_scales, log_confidence, log_odds
-from .necks import NECKS
+from .necks import NECKS, ChannelMapping
 from .queries import DrmmQueries, initial_query_boxes
-from .sparse_rcnn_stage import DrmmSelfAttention, DynamicConv, SparseRcnnStage
+from .query_layers import DrmmSelfAttention, FeedForward
+from .sparse_rcnn_stage import DynamicConv
 
 
 @dataclass
@@ -28,12 +30,13 @@ class DrmmModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state (`torch.Tensor` of shape `(B, K, hidden_size)`): query features after the last stage.
-        mixtures (`list[MixtureParameters]`): mixture of every stage, boxes xyxy in pixels of the model input.
+        stages (`list[MixtureParameters]` or `list[BoxPredictions]`): what the head predicts after every stage, boxes
+            xyxy in pixels of the model input. In training, each picture has `num_query_groups` rows.
         image_sizes (`torch.Tensor` of shape `(B, 2)`): (height, width) of the unpadded pictures, in pixels.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
-    mixtures: list[MixtureParameters] | None = None
+    stages: list[MixtureParameters] | list[BoxPredictions] | None = None
     image_sizes: torch.LongTensor | None = None
 
 
@@ -44,11 +47,13 @@ class DrmmObjectDetectionOutput(ModelOutput):
     Attributes:
         loss (`torch.Tensor` of shape `()`): total, with labels only.
         loss_dict (`dict[str, torch.Tensor]`): `nll.stage0`, `mcm.stage0`, ...: sums over ground truths divided by the
-            number of images, before weights; detached.
-        logits (`torch.Tensor` of shape `(B, K, C)`): log-odds of the confidence p * o; their sigmoid is the score.
+            number of images, before weights; detached. With a box head `class.stage0`, `bbox.stage0`, `giou.stage0`,
+            divided by the number of matches.
+        logits (`torch.Tensor` of shape `(B, K, C)`): log-odds of the confidence p * o, or the box head's logits; their
+            sigmoid is the score.
         pred_boxes (`torch.Tensor` of shape `(B, K, 4)`): cxcywh in [0, 1] of the unpadded picture.
         box_scales (`torch.Tensor` of shape `(B, K, 4)`): gamma of left, top, right, bottom in the same unit, floor
-            applied.
+            applied; None with a box head, as are the next two.
         objectness_logits (`torch.Tensor` of shape `(B, K)`): before the sigmoid.
         class_logits (`torch.Tensor` of shape `(B, K, C)`): before the softmax.
         auxiliary_outputs (`list[dict]`): the five tensors above for each earlier stage; with labels or on request.
@@ -95,9 +100,23 @@ class DrmmPreTrainedModel(PreTrainedModel):
                 if isinstance(convolution, nn.Conv2d):
                     init.xavier_uniform_(convolution.weight)
                     init.zeros_(convolution.bias)
+        elif isinstance(module, ChannelMapping):
+            for convolution in module.projections:
+                init.xavier_uniform_(convolution.weight)
+                init.zeros_(convolution.bias)
         elif isinstance(module, DrmmQueries):
-            init.copy_(module.boxes, initial_query_boxes(len(module.boxes), module.grid, module.size))
+            boxes = initial_query_boxes(module.num_queries, module.grid, module.size)
+            init.copy_(module.boxes, boxes.repeat(module.num_groups, 1))
             init.normal_(module.features)
+        elif isinstance(module, BoxHead):
+            self._init_linears(module.class_branch, module.box_branch)
+            init.xavier_uniform_(module.classifier.weight)
+            init.constant_(module.classifier.bias, -math.log(99))  # every score starts at 0.01
+            if self.config.decoder_type == "adamixer":
+                init.zeros_(module.box_delta.weight)
+            else:
+                init.xavier_uniform_(module.box_delta.weight)
+            init.zeros_(module.box_delta.bias)
         elif isinstance(module, MixtureHead):
             self._init_linears(module.class_branch, module.box_branch)
             # Each pair of output layers is one matrix in the public code: its bound follows from both.
@@ -106,14 +125,23 @@ class DrmmPreTrainedModel(PreTrainedModel):
                 for layer in pair:
                     init.uniform_(layer.weight, -bound, bound)
                     init.zeros_(layer.bias)
-        elif isinstance(module, SparseRcnnStage):
-            self._init_linears(module.feed_forward)
-        elif isinstance(module, DynamicConv):
+            if self.config.decoder_type == "adamixer":  # its refinement starts at the input box
+                init.zeros_(module.box_delta.weight)
+        elif isinstance(module, (FeedForward, DynamicConv)):
             self._init_linears(module)
         elif isinstance(module, DrmmSelfAttention):
             for layer in (module.in_proj, module.out_proj):
                 init.xavier_uniform_(layer.weight)
                 init.zeros_(layer.bias)
+        elif isinstance(module, AdaptiveMixing):
+            self._init_linears(module)
+            init.zeros_(module.generator.weight)
+        elif isinstance(module, AdaMixerStage):
+            init.uniform_(module.iof_scale, 0, 4)
+            init.zeros_(module.sampling_offset.weight)
+            init.copy_(module.sampling_offset.bias, initial_offset_bias(module.points, module.groups).flatten())
+            # Here the public code treats attention's output as any other linear layer.
+            self._init_linears(module.attention.out_proj)
 
     @staticmethod
     def _init_linears(*modules: nn.Module):
@@ -128,7 +156,7 @@ class DrmmPreTrainedModel(PreTrainedModel):
 
 
 class DrmmModel(DrmmPreTrainedModel):
-    """Predict a mixture for every picture and stage: backbone, neck, queries and decoder.
+    """Predict boxes for every picture and stage: backbone, neck, queries and decoder with its heads.
 
     Args:
         config (`DrmmConfig`): every number of the architecture. Weights start random; `from_pretrained` loads some.
@@ -146,7 +174,7 @@ class DrmmModel(DrmmPreTrainedModel):
     def forward(
         self, pixel_values: torch.FloatTensor, pixel_mask: torch.LongTensor | None = None, **kwargs
     ) -> DrmmModelOutput:
-        """Predict the mixtures.
+        """Predict.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures, as the image processor makes
@@ -156,7 +184,7 @@ class DrmmModel(DrmmPreTrainedModel):
             **kwargs: accepted for the library's sake, not used; `return_dict=False` returns a tuple.
 
         Returns:
-            `DrmmModelOutput`: features, the mixture of every stage and the sizes of the unpadded pictures.
+            `DrmmModelOutput`: features, the predictions of every stage and the sizes of the unpadded pictures.
         """
         maps = self.neck(self.backbone(pixel_values))
         if pixel_mask is None:
@@ -170,8 +198,10 @@ class DrmmModel(DrmmPreTrainedModel):
         else:
             image_sizes = image_sizes_from_mask(pixel_mask)
         boxes, features = self.queries(image_sizes)
-        features, mixtures = self.decoder(maps, boxes, features)
-        return DrmmModelOutput(last_hidden_state=features, mixtures=mixtures, image_sizes=image_sizes)
+        features, stages = self.decoder(maps, boxes, features)
+        return DrmmModelOutput(
+            last_hidden_state=features[:: len(boxes) // len(image_sizes)], stages=stages, image_sizes=image_sizes
+        )
 
 
 class DrmmForObjectDetection(DrmmPreTrainedModel):
@@ -226,15 +256,17 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             ValueError: if labels or mask do not fit the pictures; the message names the entry and the rule.
         """
         outputs = self.model(pixel_values, pixel_mask, return_dict=True, **kwargs)
-        predictions = [self._predictions(mixture, outputs.image_sizes) for mixture in outputs.mixtures[-1:]]
-        if output_auxiliary or (output_auxiliary is None and labels is not None):
-            predictions = [self._predictions(mixture, outputs.image_sizes) for mixture in outputs.mixtures]
+        wanted = outputs.stages if output_auxiliary or (output_auxiliary is None and labels is not None) else ()
+        predictions = [self._predictions(stage, outputs.image_sizes) for stage in wanted or outputs.stages[-1:]]
         loss, loss_dict = None, None
         if labels is not None:
             if not torch.compiler.is_compiling():
                 check_labels(labels, self.config.num_labels)
-            targets = pad_targets(labels, outputs.image_sizes, outputs.mixtures[0].boxes.dtype)
-            loss, loss_dict = reduce_terms(self.loss_function(outputs.mixtures, targets, self.config), self.config)
+            targets = pad_targets(labels, outputs.image_sizes, outputs.stages[0].boxes.dtype)
+            groups = len(outputs.stages[0].boxes) // len(labels)
+            targets = Targets(*(values.repeat_interleave(groups, dim=0) for values in targets))
+            terms = self.loss_function(outputs.stages, targets, self.config)
+            loss, loss_dict = reduce_terms(terms, self.config)
         return DrmmObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -243,16 +275,20 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
         )
 
-    def _predictions(self, mixture: MixtureParameters, image_sizes: Tensor) -> dict[str, Tensor]:
-        """Bring a stage's mixture into the outside frame."""
-        frame = frame_scale(image_sizes, mixture.boxes.dtype)
-        scales = floor_scales(mixture.scales, mixture.boxes, self.config.min_scale_ratio)
+    def _predictions(self, stage: MixtureParameters | BoxPredictions, image_sizes: Tensor) -> dict[str, Tensor]:
+        """Bring a stage's predictions, of the first group of queries, into the outside frame."""
+        stage = type(stage)(*(values[:: len(stage.boxes) // len(image_sizes)] for values in stage))
+        frame = frame_scale(image_sizes, stage.boxes.dtype)
+        pred_boxes = xyxy_to_cxcywh(stage.boxes) / frame
+        if isinstance(stage, BoxPredictions):
+            return {"logits": stage.class_logits, "pred_boxes": pred_boxes}
+        scales = floor_scales(stage.scales, stage.boxes, self.config.min_scale_ratio)
         return {
-            "logits": log_odds(log_confidence(mixture.objectness_logits, mixture.class_logits)),
-            "pred_boxes": xyxy_to_cxcywh(mixture.boxes) / frame,
+            "logits": log_odds(log_confidence(stage.objectness_logits, stage.class_logits)),
+            "pred_boxes": pred_boxes,
             "box_scales": scales / frame,
-            "objectness_logits": mixture.objectness_logits,
-            "class_logits": mixture.class_logits,
+            "objectness_logits": stage.objectness_logits,
+            "class_logits": stage.class_logits,
         }
 
 

@@ -23,4 +23,24 @@ class FPN(nn.Module):
         return list(self.pyramid({str(level): value for level, value in enumerate(maps)}).values())
 
 
-NECKS = {"fpn": FPN}
+class ChannelMapping(nn.Module):
+    """Bring every map to `hidden_size` channels by itself: a 1x1 convolution, then one group norm for all levels.
+
+    Args:
+        in_channels (`list[int]`): channels of the backbone's maps, finest first.
+        hidden_size (`int`): channels of every output map, a multiple of the norm's 32 groups.
+
+    Source: AdaMixer.
+    """
+
+    def __init__(self, in_channels: list[int], hidden_size: int):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Conv2d(channels, hidden_size, 1) for channels in in_channels)
+        self.norm = nn.GroupNorm(32, hidden_size)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return the maps, finest first, each with the height and width of its input."""
+        return [self.norm(project(value)) for project, value in zip(self.projections, maps, strict=True)]
+
+
+NECKS = {"fpn": FPN, "channel_mapping": ChannelMapping}

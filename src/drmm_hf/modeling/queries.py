@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .boxes import cxcywh_to_xyxy, frame_scale
 
@@ -28,17 +29,28 @@ def initial_query_boxes(num_queries: int, grid: list[int] | None, size: float) -
 
 
 class DrmmQueries(nn.Module):
-    """Learnt query boxes and features.
+    """Learnt query boxes and features; AdaMixer's boxes are fixed and its features normalised.
 
     Args:
-        config (`DrmmConfig`): reads `num_queries`, `hidden_size`, `proposal_grid`, `proposal_size`.
+        config (`DrmmConfig`): reads `num_queries`, `num_query_groups`, `hidden_size`, `proposal_grid`,
+            `proposal_size`, `decoder_type`.
     """
 
     def __init__(self, config):
         super().__init__()
         self.grid, self.size = config.proposal_grid, config.proposal_size
-        self.boxes = nn.Parameter(torch.empty(config.num_queries, 4))
-        self.features = nn.Parameter(torch.empty(config.num_queries, config.hidden_size))
+        self.num_queries, self.num_groups = config.num_queries, config.num_query_groups
+        self.is_adamixer = config.decoder_type == "adamixer"
+        self.boxes = nn.Parameter(torch.empty(self.num_groups * self.num_queries, 4))
+        self.features = nn.Parameter(torch.empty(self.num_groups * self.num_queries, config.hidden_size))
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """Set the mode; AdaMixer's boxes are frozen here, because `from_pretrained` makes every parameter trainable."""
+        super().train(mode)
+        if self.is_adamixer:
+            self.boxes.requires_grad_(False)
+        return self
 
     def forward(self, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Place the queries on pictures.
@@ -47,9 +59,16 @@ class DrmmQueries(nn.Module):
             image_sizes (`torch.Tensor` of shape `(B, 2)`): (height, width) of the unpadded pictures, in pixels.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: boxes `(B, K, 4)`, xyxy, pixels of the model input, at least float32;
-            features `(B, K, hidden_size)`.
+            `tuple[torch.Tensor, torch.Tensor]`: boxes `(B * G, K, 4)`, xyxy, pixels of the model input, at least
+            float32; features `(B * G, K, hidden_size)`. G is `num_query_groups` in training mode, groups of one
+            picture following each other, and 1 otherwise.
         """
-        boxes = self.boxes.to(torch.promote_types(self.boxes.dtype, torch.float32))
-        boxes = cxcywh_to_xyxy(boxes)[None] * frame_scale(image_sizes, boxes.dtype)
-        return boxes, self.features[None].expand(len(image_sizes), -1, -1)
+        groups = self.num_groups if self.training else 1
+        boxes, features = (
+            values[: groups * self.num_queries].unflatten(0, (groups, self.num_queries)).repeat(len(image_sizes), 1, 1)
+            for values in (self.boxes, self.features)
+        )
+        if self.is_adamixer:
+            features = F.layer_norm(features, features.shape[-1:])
+        boxes = cxcywh_to_xyxy(boxes.to(torch.promote_types(boxes.dtype, torch.float32)))
+        return boxes * frame_scale(image_sizes, boxes.dtype).repeat_interleave(groups, dim=0), features

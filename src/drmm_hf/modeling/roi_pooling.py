@@ -37,14 +37,14 @@ def pool_regions(
 
     Args:
         maps (`list[torch.Tensor]`): pyramid maps of shape `(B, C, H_l, W_l)`, finest first.
-        boxes (`torch.Tensor` of shape `(B, K, 4)`): xyxy, pixels of the model input; detached.
+        boxes (`torch.Tensor` of shape `(B * G, K, 4)`): xyxy, pixels of the model input, G rows a picture; detached.
         strides (`tuple[int, ...]`): pixels per cell of each map.
         size (`int`): bins along a side.
         sampling_ratio (`int`): samples along a side of a bin.
         level_base (`float`): see `roi_levels`.
 
     Returns:
-        `torch.Tensor` of shape `(B, K, size * size, C)`, in the type of the boxes: zeros for a box without a level.
+        `torch.Tensor` of shape `(B * G, K, size * size, C)`, in the type of the boxes: zeros for a box without a level.
 
     Source: RoIAlign, half-pixel aligned, average over the samples.
     """
@@ -71,7 +71,7 @@ def pool_regions(
     column, column_weight = _axis_samples(scaled[..., 0], scaled[..., 2], width, size, sampling_ratio)
     row, row_weight = _axis_samples(scaled[..., 1], scaled[..., 3], height, size, sampling_ratio)
 
-    image = torch.arange(batch, device=boxes.device)[:, None, None, None] * height * width + offset
+    image = image_of_row(len(boxes), batch, boxes.device)[:, None, None, None] * height * width + offset
     row = (row * width + image)[..., :, None, :, None]
     index = row + column[..., None, :, None, :]
     weight = row_weight[..., :, None, :, None] * column_weight[..., None, :, None, :]
@@ -81,7 +81,12 @@ def pool_regions(
     pooled = F.embedding_bag(
         index.reshape(-1, num_terms), table, mode="sum", per_sample_weights=weight.reshape(-1, num_terms)
     )
-    return pooled.view(batch, boxes.shape[1], size * size, channels)
+    return pooled.view(*boxes.shape[:2], size * size, channels)
+
+
+def image_of_row(num_rows: int, num_images: int, device: torch.device) -> Tensor:
+    """Return the picture of each row of queries, `(num_rows,)`: groups of one picture follow each other."""
+    return torch.arange(num_rows, device=device) // (num_rows // num_images)
 
 
 def _axis_samples(start: Tensor, end: Tensor, length: Tensor, size: int, ratio: int) -> tuple[Tensor, Tensor]:
