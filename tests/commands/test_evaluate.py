@@ -9,7 +9,10 @@ from PIL import Image
 
 from drmm_cli import main
 from drmm_hf.commands.evaluate import table
+from drmm_hf.data.labels import LabelMap
 from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics
+from drmm_hf.evaluation.deduplication import nms, winner_take_all
+from drmm_hf.evaluation.detections import Detections
 
 
 def test_figures_pictures_and_a_table_in_per_cent(model_folder, coco_folder, tmp_path, capsys):
@@ -53,6 +56,28 @@ def test_a_json_and_an_image_folder_from_two_places(form, model_folder, coco_fol
     assert json.loads((output / "metrics.json").read_text())["num_detections"] <= 6
 
 
+def test_duplicates_are_removed_when_asked_and_the_figures_say_so(model_folder, coco_folder, tmp_path, capsys):
+    label_map = LabelMap((3, 8), ("round", "square"))
+    found, kept, won = tmp_path / "found", tmp_path / "kept", tmp_path / "won"
+    for output, options in ((found, []), (kept, ["--nms", "0.1"]), (won, ["--wta", "0.1"])):
+        assert main(["evaluate", str(model_folder), str(coco_folder), "--output", str(output), *options]) == 0
+    before = Detections.load(found / "detections.json", label_map)
+    assert json.loads((found / "metrics.json").read_text())["deduplication"] is None
+    for output, method, function in ((kept, "nms", nms), (won, "wta", winner_take_all)):
+        after = function(before, 0.1)
+        removed = before.num_boxes - after.num_boxes
+        applied = {"method": method, "iou_threshold": 0.1, "num_removed": removed}
+        assert removed > 0 and json.loads((output / "metrics.json").read_text())["deduplication"] == applied
+        assert json.loads((output / "detections.json").read_text()) == after.to_coco(label_map)
+    assert f"{removed} detections were removed by WTA at IoU 0.1" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(model_folder), str(coco_folder), "--nms", "0.5", "--wta", "0.5"])
+    assert "--wta: not allowed with argument --nms" in capsys.readouterr().err
+    assert main(["evaluate", str(model_folder), str(coco_folder), "--nms", "1.5"]) == 2
+    assert "nms is 1.5; the rule is an IoU in [0, 1]" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_said_in_words(model_folder, coco_folder, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "nothing"), str(coco_folder)]) == 2
     assert "no detector in a folder or on the Hub" in capsys.readouterr().err
@@ -74,12 +99,15 @@ def test_the_table_shows_what_is_not_defined_and_what_was_left_out():
     metrics = dict.fromkeys(METRIC_NAMES, 0.5) | {"APs": None, "ECE": 0.012, "ECE_0.1": None}
     metrics |= {"AP_per_class": {"a long name": 0.123456, "b": None}, "num_images": 1, "num_ground_truths": 2}
     metrics |= {"num_crowds": 0, "num_detections": 3, "num_boxes_without_size": 4, "num_other_labels": 0}
+    metrics |= {"deduplication": None}
     lines = table(metrics).splitlines()
     assert lines[0].split() == list(METRIC_NAMES[:6])
     assert lines[1].split() == ["50.00", "50.00", "50.00", "-", "50.00", "50.00"]
     assert lines[5].split() == ["1.20", "-"]
     assert "a long name   12.35" in lines and "b                 -" in lines
     assert lines[-1] == "4 boxes without width or height were left out"
+    metrics |= {"deduplication": {"method": "wta", "iou_threshold": 0.7, "num_removed": 5}}
+    assert table(metrics).splitlines()[-1] == "5 detections were removed by WTA at IoU 0.7"
 
 
 @pytest.mark.parametrize("displayed", [True, False], ids=["displayed", "stored"])

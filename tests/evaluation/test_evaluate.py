@@ -134,6 +134,50 @@ def test_top_k_cuts_over_all_classes(dataset):
     assert metrics["AP_per_class"]["Traffic Light"] == pytest.approx(51 / 101)
 
 
+TWICE = {  # a cat found twice, a light found twice over the cat, and the same on nothing
+    "boxes": [[10, 10, 50, 50], [11, 10, 51, 50], [60, 10, 80, 50], [60, 11, 80, 51], [0, 60, 9, 79], [0, 60, 9, 79]],
+    "scores": [0.75, 0.125, 0.5, 0.25, 0.0625, 0.03125],
+    "labels": [0, 0, 1, 1, 1, 5],
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "scores", "removed"),
+    [({}, TWICE["scores"][:5], 0), ({"nms": 0.7}, [0.75, 0.5, 0.0625], 2), ({"wta": 0.7}, [0.875, 0.75, 0.0625], 2)],
+    ids=["none", "nms", "wta"],
+)
+def test_what_was_done_about_duplicates_is_measured_and_said(dataset, tmp_path, options, scores, removed):
+    answers = [TWICE, {"boxes": [], "scores": [], "labels": []}]
+    metrics = evaluate(Reader(config()), Oracle(answers), dataset, output_dir=tmp_path, progress=False, **options)
+    entries = json.loads((tmp_path / "detections.json").read_text())
+    assert sorted((entry["score"] for entry in entries), reverse=True) == sorted(scores, reverse=True)
+    assert metrics["num_other_labels"] == 1 and metrics["num_detections"] == len(scores)
+    expected = [{"method": m, "iou_threshold": t, "num_removed": removed} for m, t in options.items()]
+    assert metrics["deduplication"] == (expected[0] if options else None)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert metrics["ECE"] == calibration(ground_truth(dataset), entries).ece
+
+
+def test_only_what_is_measured_is_deduplicated(dataset):
+    """NMS comes after the choice of the `top_k`: nothing moves up in place of a duplicate."""
+    answers = [TWICE, {"boxes": [], "scores": [], "labels": []}]
+    metrics = evaluate(Reader(config()), Oracle(answers), dataset, top_k=3, nms=0.7, progress=False)
+    assert metrics["num_detections"] == 2 and metrics["deduplication"]["num_removed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nms": 0.5, "wta": 0.5}, "nms is 0.5 and wta is 0.5; the rule is at most one"),
+        ({"nms": 50}, r"nms is 50; the rule is an IoU in \[0, 1\]"),
+        ({"wta": float("nan")}, "wta is nan; the rule is an IoU"),
+    ],
+)
+def test_thresholds_are_checked_before_the_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(None, None, None, **options)
+
+
 def test_detections_of_several_processes_are_measured_as_those_of_one(dataset):
     alone = evaluate(Reader(config()), Oracle(ANSWERS), dataset, top_k=2, progress=False)
     shares = []

@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="image folder, if not one of the usual places")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
     parser.add_argument("--top-k", type=int, default=100, metavar="K", help="predictions a picture (default: 100)")
+    duplicates = parser.add_mutually_exclusive_group()
+    duplicates.add_argument(
+        "--nms", type=float, metavar="IOU", help="suppress boxes above this IoU (default: no NMS; D-RMM needs none)"
+    )
+    duplicates.add_argument(
+        "--wta", type=float, metavar="IOU", help="likewise, and add their confidences to the boxes that remain"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -64,7 +71,15 @@ def run(args: argparse.Namespace) -> int:
     model, processor = load_detector(args.model, args.device)
 
     metrics = evaluate(
-        model, processor, dataset, annotations, args.output, batch_size=args.batch_size, top_k=args.top_k
+        model,
+        processor,
+        dataset,
+        annotations,
+        args.output,
+        batch_size=args.batch_size,
+        top_k=args.top_k,
+        nms=args.nms,
+        wta=args.wta,
     )
     pictures = draw_pictures(dataset, annotations, Path(args.output))
     print(table(metrics))
@@ -104,6 +119,9 @@ def table(metrics: Mapping[str, Any]) -> str:
     ):
         if metrics[name]:
             lines.append(f"{metrics[name]} {text}")
+    if metrics["deduplication"]:
+        name, iou = metrics["deduplication"]["method"].upper(), metrics["deduplication"]["iou_threshold"]
+        lines.append(f"{metrics['deduplication']['num_removed']} detections were removed by {name} at IoU {iou:g}")
     return "\n".join(lines)
 
 
