@@ -1,5 +1,7 @@
 """Formats and frames against coordinates computed one by one."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,12 @@ from drmm_hf.modeling.boxes import (
     cxcywh_to_xyxy,
     frame_scale,
     image_sizes_from_mask,
+    move_cxcywh,
+    move_xyzr,
     side_lengths,
     xyxy_to_cxcywh,
+    xyxy_to_xyzr,
+    xyzr_to_xyxy,
 )
 
 
@@ -50,3 +56,34 @@ def test_frame_is_width_then_height():
     frame = frame_scale(torch.tensor([[480, 640], [3, 5]]), torch.float64)
     assert frame.dtype == torch.float64
     assert frame.tolist() == [[[640, 480, 640, 480]], [[5, 3, 5, 3]]]
+
+
+@given(st.lists(st.tuples(*[st.floats(-500, 500)] * 2, *[st.floats(0.5, 1000)] * 2), min_size=1, max_size=5))
+def test_xyzr_holds_centre_log_size_and_log_aspect_ratio(centres_and_sizes):
+    boxes = cxcywh_to_xyxy(torch.tensor(centres_and_sizes, dtype=torch.float64))
+    xyzr = xyxy_to_xyzr(boxes)
+    for (x, y, width, height), row in zip(centres_and_sizes, xyzr.tolist(), strict=True):
+        expected = [x, y, math.log2(math.sqrt(width * height)), math.log2(height / width)]
+        assert row == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(xyzr_to_xyxy(xyzr), boxes, rtol=1e-9, atol=1e-9)
+
+
+def test_xyzr_of_a_box_without_size_is_finite():
+    boxes = torch.tensor([[5.0, 5, 5, 5], [6, 6, 5, 7]])
+    xyzr = xyxy_to_xyzr(boxes)
+    assert xyzr.tolist() == [[5, 5, -10, 0], [5.5, 6.5, -5, 10]]
+
+
+def test_adamixers_move_has_one_unit_for_both_axes():
+    boxes = torch.tensor([[0.0, 0, 16, 4]])  # z = 3: 8 pixels
+    torch.testing.assert_close(move_xyzr(boxes, torch.tensor([[1.0, 1, 0, 0]])), boxes + 8)
+    torch.testing.assert_close(move_xyzr(boxes, torch.tensor([[0.0, 0, 1, 0]])), torch.tensor([[-8.0, -2, 24, 6]]))
+    torch.testing.assert_close(move_xyzr(boxes, torch.tensor([[0.0, 0, 0, 2]])), torch.tensor([[4.0, -2, 12, 6]]))
+
+
+def test_sparse_rcnns_move_is_relative_to_each_side_and_bounded():
+    boxes = torch.tensor([[0.0, 0, 16, 4]])
+    moved = move_cxcywh(boxes, torch.tensor([[1.0, -1, math.log(2), 9]]), math.log(3))
+    torch.testing.assert_close(moved, torch.tensor([[0.0, -6, 32, 6]]))
+    moved = move_cxcywh(boxes, torch.tensor([[0.0, 0, -9, 0]]), math.log(4))
+    torch.testing.assert_close(moved, torch.tensor([[6.0, 0, 10, 4]]))

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import tiny_config
+from drmm_hf.modeling.boxes import move_cxcywh, move_xyzr
 from drmm_hf.modeling.heads import HEADS, MixtureHead
 
 
@@ -94,3 +95,40 @@ def test_scales_are_positive_and_do_not_overflow():
         scales = module(features(), BOXES).scales
         torch.testing.assert_close(scales, F.softplus(torch.full_like(scales, raw)))
         assert scales.isfinite().all() and (scales > 0).all()
+
+
+def box_head(**overrides):
+    torch.manual_seed(0)
+    return HEADS["box"](tiny_config(head_type="box", **overrides))
+
+
+@pytest.mark.parametrize("decoder", ["sparse_rcnn", "adamixer"])
+def test_box_head_moves_boxes_as_its_decoder_does(decoder):
+    module = box_head(decoder_type=decoder, neck_type="fpn", max_log_size_delta=0.5)
+    delta = module.box_delta(module.box_branch(features()))
+    predictions = module(features(), BOXES)
+    expected = move_xyzr(BOXES, delta) if decoder == "adamixer" else move_cxcywh(BOXES, delta, 0.5)
+    torch.testing.assert_close(predictions.boxes, expected)
+    torch.testing.assert_close(predictions.class_logits, module.classifier(module.class_branch(features())))
+    assert (module.class_branch[0].bias is not None) == (decoder == "adamixer")
+    assert len(module.box_branch) == 3 * (1 if decoder == "adamixer" else 3)
+
+
+def test_box_head_predicts_in_float32_whatever_the_type_of_the_weights():
+    predictions = box_head().to(torch.bfloat16)(features(torch.bfloat16), BOXES)
+    assert {value.dtype for value in predictions} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions = box_head()(features(), BOXES)
+    assert {value.dtype for value in predictions} == {torch.float32}
+
+
+@pytest.mark.parametrize("unit", ["pixels", "box"])
+def test_mixture_on_adamixer_has_the_box_of_its_own_refinement(unit):
+    module = head(decoder_type="adamixer", neck_type="fpn", box_delta_unit=unit, box_scale_factor=0.2)
+    mixture = module(features(), BOXES)
+    boxes = module.box_branch(features())
+    torch.testing.assert_close(mixture.boxes, move_xyzr(BOXES, module.box_delta(boxes)))
+    sides = torch.tensor([[[40.0, 80, 40, 80], [1, 1, 1, 1], [10, 10, 10, 10]]])
+    scales = F.softplus(module.box_scale(boxes))
+    torch.testing.assert_close(mixture.scales, scales if unit == "pixels" else 0.2 * sides * scales)
+    assert (mixture.boxes[..., 2:] > mixture.boxes[..., :2]).all()

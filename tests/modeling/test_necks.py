@@ -49,3 +49,20 @@ def test_has_four_levels_of_two_convolutions_with_bias_and_nothing_else():
     neck = NECKS["fpn"]([8, 16, 24, 32], 16)
     shapes = sorted(tuple(parameter.shape) for parameter in neck.parameters())
     assert shapes == sorted([*([(16,)] * 8), *((16, c, 1, 1) for c in (8, 16, 24, 32)), *([(16, 16, 3, 3)] * 4)])
+
+
+@pytest.mark.parametrize("sizes", [[(16, 24), (8, 12), (4, 6), (2, 3)], [(1, 1)] * 4])
+def test_channel_mapping_treats_every_level_alone_with_one_norm(sizes):
+    torch.manual_seed(0)
+    neck = NECKS["channel_mapping"]([8, 16, 24, 32], 64).double()
+    for parameter in neck.parameters():
+        torch.nn.init.normal_(parameter)
+    maps = [torch.randn(2, c, *size).double() for c, size in zip([8, 16, 24, 32], sizes, strict=True)]
+    with torch.no_grad():
+        for level, (ours, value) in enumerate(zip(neck(maps), maps, strict=True)):
+            layer = neck.projections[level]
+            x = torch.einsum("oc,bchw->bohw", layer.weight[:, :, 0, 0], value) + layer.bias[:, None, None]
+            groups = x.reshape(2, 32, -1)  # two channels each
+            deviation = (groups.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            x = ((groups - groups.mean(-1, keepdim=True)) / deviation).reshape(x.shape)
+            torch.testing.assert_close(ours, x * neck.norm.weight[:, None, None] + neck.norm.bias[:, None, None])

@@ -21,8 +21,9 @@ def test_without_a_grid_every_query_is_the_whole_picture():
 def filled(**overrides):
     config = tiny_config(**overrides)
     queries = DrmmQueries(config)
+    boxes = initial_query_boxes(config.num_queries, config.proposal_grid, config.proposal_size)
     with torch.no_grad():
-        queries.boxes.copy_(initial_query_boxes(config.num_queries, config.proposal_grid, config.proposal_size))
+        queries.boxes.copy_(boxes.repeat(config.num_query_groups, 1))
         queries.features.normal_(generator=torch.Generator().manual_seed(0))
     return queries
 
@@ -51,3 +52,25 @@ def test_both_are_learnt():
     # Centres move both corners, sizes move them apart; two pictures add up.
     torch.testing.assert_close(queries.boxes.grad, torch.tensor([[360.0, 100.0, 0.0, 0.0]]).expand(12, 4))
     assert torch.equal(queries.features.grad, torch.full((12, 16), 2.0))
+
+
+def test_groups_of_queries_exist_in_training_only():
+    queries = filled(num_query_groups=3, head_type="box", num_queries=2, proposal_grid=[1, 2])
+    with torch.no_grad():
+        queries.boxes += torch.arange(6)[:, None] / 100
+    sizes = torch.tensor([[40, 80], [10, 100]])
+    boxes, features = queries.train()(sizes)
+    assert boxes.shape == (6, 2, 4) and features.shape == (6, 2, 16)
+    for image in range(2):
+        for group in range(3):
+            assert torch.equal(features[3 * image + group], queries.features[2 * group : 2 * group + 2])
+    first_boxes, first_features = queries.eval()(sizes)
+    assert torch.equal(first_boxes, boxes[::3]) and torch.equal(first_features, features[::3])
+
+
+def test_adamixer_fixes_its_boxes_and_normalises_its_features():
+    queries = filled(decoder_type="adamixer", hidden_size=32)
+    boxes, features = queries.requires_grad_(True).train()(torch.tensor([[40, 80]]))
+    assert not boxes.requires_grad and features.requires_grad
+    torch.testing.assert_close(features.mean(-1), torch.zeros(1, 12), rtol=0, atol=1e-6)
+    torch.testing.assert_close(features.var(-1, unbiased=False), torch.ones(1, 12), rtol=0, atol=1e-4)

@@ -140,7 +140,7 @@ def move_cxcywh(boxes: Tensor, deltas: Tensor, max_log_size_delta: float) -> Ten
 
     Args:
         boxes (`torch.Tensor` of shape `(..., 4)`): xyxy, pixels.
-        deltas (`torch.Tensor` of shape `(..., 4)`): of the centre in units of half a side, of log width and log height.
+        deltas (`torch.Tensor` of shape `(..., 4)`): of the centre in halves of a side, of log width and log height.
         max_log_size_delta (`float`): bound of the absolute value of the last two.
 
     Returns:

@@ -138,8 +138,8 @@ class DrmmConfig(PreTrainedConfig):
         num_ground_truth_copies (`int`, *optional*, defaults to 1):
             Times that "focal_l1_giou" matches each ground truth, to as many queries (Table 10).
         num_query_groups (`int`, *optional*, defaults to 1):
-            Groups of `num_queries` queries that "focal_l1_giou" trains side by side, as Group-DETR does (Table 11: 12).
-            Attention and matching stay within a group; inference uses the first group only.
+            Groups of `num_queries` queries that "focal_l1_giou" trains side by side, as Group-DETR does (12 in
+            Table 11). Attention and matching stay within a group; inference uses the first group only.
         freeze_backbone_stages (`int`, *optional*, defaults to 0):
             Number of frozen backbone stages, counted with the stem: 0 freezes nothing, 1 the stem and the first stage.
         backbone_norm (`str`, *optional*, defaults to `"eval"`):
@@ -168,9 +168,9 @@ class DrmmConfig(PreTrainedConfig):
     decoder_type: Literal["sparse_rcnn", "adamixer"] = "sparse_rcnn"
     neck_type: Literal["fpn", "channel_mapping"] | None = None
     head_type: Literal["mixture", "box"] = "mixture"
-    criterion: (
-        Literal["nll_mcm", "nll", "max_nll", "nll_mcm_bipartite", "bipartite_nll", "focal_l1_giou"] | None
-    ) = None
+    criterion: Literal["nll_mcm", "nll", "max_nll", "nll_mcm_bipartite", "bipartite_nll", "focal_l1_giou"] | None = (
+        None
+    )
 
     num_queries: int = 300
     num_stages: int = 6

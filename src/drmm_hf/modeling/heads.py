@@ -12,8 +12,8 @@ class PredictionBranches(nn.Module):
     """The layers before the predictions, one branch for classes and one for boxes: linear, layer norm, ReLU.
 
     Args:
-        config (`DrmmConfig`): reads `hidden_size`, `num_class_layers`, `num_box_layers`, `decoder_type`: Sparse R-CNN's
-            linear layers have no bias, AdaMixer's have.
+        config (`DrmmConfig`): reads `hidden_size`, `num_class_layers`, `num_box_layers`, `decoder_type`: AdaMixer's
+            linear layers have a bias, Sparse R-CNN's have none.
     """
 
     def __init__(self, config):
@@ -108,9 +108,15 @@ class MixtureHead(PredictionBranches):
             scales = F.softplus(raw_scale)
             if self.box_delta_unit == "box":
                 sides = side_lengths(boxes).detach().abs().clamp(min=1)
-                delta, scales = delta * self.box_delta_factor * sides, scales * self.box_scale_factor * sides
+                scales = scales * self.box_scale_factor * sides
+            if self.decoder_type == "adamixer":
+                locations = move_xyzr(boxes, delta)
+            elif self.box_delta_unit == "box":
+                locations = boxes + delta * self.box_delta_factor * sides
+            else:
+                locations = boxes + delta
             return MixtureParameters(
-                boxes=move_xyzr(boxes, delta) if self.decoder_type == "adamixer" else boxes + delta,
+                boxes=locations,
                 scales=scales,
                 class_logits=_linear(self.classifier, class_features, boxes.dtype),
                 objectness_logits=objectness_logits,

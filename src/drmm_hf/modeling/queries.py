@@ -46,7 +46,7 @@ class DrmmQueries(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True):
-        """Set the mode; AdaMixer's boxes are frozen here, because `from_pretrained` makes every parameter trainable."""
+        """Set the mode; fix AdaMixer's boxes here, because `from_pretrained` makes every parameter trainable."""
         super().train(mode)
         if self.is_adamixer:
             self.boxes.requires_grad_(False)

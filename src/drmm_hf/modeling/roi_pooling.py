@@ -44,7 +44,7 @@ def pool_regions(
         level_base (`float`): see `roi_levels`.
 
     Returns:
-        `torch.Tensor` of shape `(B * G, K, size * size, C)`, in the type of the boxes: zeros for a box without a level.
+        `torch.Tensor` of shape `(B * G, K, size * size, C)`, in the type of the boxes: 0 for a box without a level.
 
     Source: RoIAlign, half-pixel aligned, average over the samples.
     """
