@@ -147,6 +147,37 @@ def test_paper_preset_crops_half_of_the_pictures():
     assert 20 <= whole <= 40
 
 
+def test_crop_of_the_paper_preset_is_in_proportion_to_the_input():
+    options = {"short_edges": (64,), "max_long_edge": 96, "crop_short_edges": (64, 96), "crop_sizes": (32, 48)}
+    augment = build_augmentation("paper", horizontal_flip=0, **options)
+    image, target = picture(120, 160, range(16))
+    widths = []
+    for seed in range(60):
+        _, after = seeded(augment, seed, image, target)
+        height, width = after["boxes"].canvas_size
+        edges = torch.tensor([0, 0, width, height])
+        inner = after["boxes"][((after["boxes"] - edges).abs() > 1).all(-1)]  # cut by no edge
+        if len(inner):
+            widths.append((inner[0, 2] - inner[0, 0]).item())
+    # A box of 38 pixels in a picture of 120 is 20 in one of 64; crops enlarge it by 64 / 48 to 96 / 32.
+    assert min(widths) >= 20 and 40 < max(widths) <= 64
+
+
+def test_colour_distortion_changes_colours_only():
+    image, target = picture(64, 64, [1, 5])
+    plain = build_augmentation("flip", horizontal_flip=0)
+    always = build_augmentation("flip", horizontal_flip=0, colour_distortion=1.0)
+    half = build_augmentation("flip", horizontal_flip=0, colour_distortion=0.5)
+    assert all(torch.equal(seeded(plain, seed, image, target)[0], image) for seed in range(5))
+    for seed in range(5):
+        assert torch.equal(seeded(always, seed, image, target)[1]["boxes"], target["boxes"])
+    changed = [
+        sum(not torch.equal(seeded(augment, seed, image, target)[0], image) for seed in range(60))
+        for augment in (half, always)
+    ]
+    assert 15 <= changed[0] <= 45 < changed[1]
+
+
 def test_presets_survive_pickling():
     for preset in PRESETS:
         augment = build_augmentation(preset, **SMALL)
@@ -196,6 +227,10 @@ def test_own_function_that_breaks_the_contract(own, message):
         ({"horizontal_flip": 2}, "horizontal_flip is 2, must be a probability"),
         ({"vertical_flip": -1}, "vertical_flip is -1"),
         ({"short_edges": ()}, r"short_edges is \[\]"),
+        ({"colour_distortion": 1.5}, "colour_distortion is 1.5, must be a probability"),
+        ({"crop_short_edges": (0,)}, r"crop_short_edges is \[0\], must hold sizes of at least 1"),
+        ({"crop_sizes": (600, 384)}, r"crop_sizes is \[600, 384\], must be a shortest and a longest side"),
+        ({"crop_sizes": (384,)}, r"crop_sizes is \[384\]"),
         ({"short_edges": (800,), "max_long_edge": 640}, r"short_edges is \[800\], .* max_long_edge 640"),
     ],
 )

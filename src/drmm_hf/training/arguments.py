@@ -34,6 +34,8 @@ class DataArguments:
         train_annotations (`str`, *optional*): COCO json of that pair.
         val_images (`str`, *optional*): Image folder of the validation pair.
         val_annotations (`str`, *optional*): COCO json of the validation pair.
+        overfit_images (`int`, *optional*): Train and evaluate on the first so many training pictures by id with at
+            least 5 boxes, to see that a model can learn them by heart.
         num_train_images (`int`): Number of generated training pictures; read with `source: generated` only.
         num_val_images (`int`): Number of generated validation pictures; read with `source: generated` only.
         image_size (`list[int]`): (height, width) of generated pictures; read with `source: generated` only.
@@ -59,6 +61,7 @@ class DataArguments:
     train_annotations: str | None = None
     val_images: str | None = None
     val_annotations: str | None = None
+    overfit_images: int | None = None
     num_train_images: int = 2000
     num_val_images: int = 200
     image_size: list[int] = field(default_factory=lambda: [128, 128])
@@ -78,8 +81,9 @@ class DataArguments:
     def __post_init__(self):
         """Check every field."""
         check_types(self, "data")
-        for name in ("num_train_images", "num_val_images", "shortest_edge"):
-            check(self, "data", name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("num_train_images", "num_val_images", "shortest_edge", "overfit_images"):
+            value = getattr(self, name)
+            check(self, "data", name, value is None or value >= 1, "must be at least 1")
         check(self, "data", "num_workers", self.num_workers >= 0, "must not be negative")
         check(self, "data", "longest_edge", self.longest_edge >= self.shortest_edge, "must be at least shortest_edge")
         check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -192,6 +193,9 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
     Raises:
         ValueError: If the recipe does not say where the data are, or if there are no pictures.
     """
+    if data.overfit_images is not None:
+        dataset, _ = load_split(dataclasses.replace(data, overfit_images=None), "train")
+        return first_rich_pictures(dataset, data.overfit_images)
     if data.source == "generated":
         count, seed = {"train": (data.num_train_images, 0), "val": (data.num_val_images, 1)}[split]
         dataset = generate_shapes(count, seed, image_size=tuple(data.image_size))
@@ -212,6 +216,28 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
         raise ValueError(f"split {name!r} of {source} has no pictures")
     paths = coco_paths(source, name, images=images, annotations=annotations)
     return dataset, ground_truth(dataset) if paths is None else load_annotations(paths[0])
+
+
+def first_rich_pictures(dataset: datasets.Dataset, count: int) -> tuple[datasets.Dataset, Mapping[str, Any]]:
+    """Choose the first pictures by id with at least 5 boxes.
+
+    Args:
+        dataset (`datasets.Dataset`): Training pictures.
+        count (`int`): How many.
+
+    Returns:
+        `tuple`: The pictures and their COCO annotations.
+
+    Raises:
+        ValueError: If there are not as many.
+    """
+    ids, objects = dataset["image_id"], dataset["objects"]
+    rich = [index for index, boxes in enumerate(objects) if sum(not box["iscrowd"] for box in boxes) >= 5]
+    chosen = sorted(rich, key=lambda index: ids[index])[:count]
+    if len(chosen) < count:
+        raise ValueError(f"data.overfit_images is {count}, but only {len(chosen)} pictures have 5 boxes or more")
+    dataset = dataset.select(chosen)
+    return dataset, ground_truth(dataset)
 
 
 def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetection, DrmmImageProcessor]:
