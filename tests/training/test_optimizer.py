@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import SwinConfig
 
+from conftest import STAGES
 from drmm_hf.modeling.configuration_drmm import DrmmConfig
 from drmm_hf.modeling.modeling_drmm import DrmmForObjectDetection
 from drmm_hf.training.arguments import TrainingArguments
@@ -69,6 +71,28 @@ def test_the_detectors_query_boxes_and_norms_do_not_decay(tiny_recipe):
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 assert (id(parameter) in free) == (parameter_name == "bias"), (name, parameter_name)
+
+
+def test_norms_and_position_tables_of_swin_do_not_decay(tiny_recipe):
+    """As Swin's authors train it; its tables of relative positions have two dimensions, but are no weight matrices."""
+    swin = SwinConfig(embed_dim=8, depths=[2, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, out_features=STAGES)
+    model = DrmmForObjectDetection(DrmmConfig(**tiny_recipe().model | {"backbone_config": swin}))
+    backbone = model.model.backbone
+    groups = parameter_groups(model, backbone, 1.0, 1.0, 0.05)
+    decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    decayed = {name: decays[value] == 0.05 for name, value in backbone.named_parameters() if value.requires_grad}
+    kinds = {
+        kind: {decayed[name] for name in decayed if kind in name}
+        for kind in ("relative_position_bias_table", "norm", "bias", "q_proj.weight", "reduction.weight")
+    }
+    assert kinds == {
+        "relative_position_bias_table": {False},
+        "norm": {False},
+        "bias": {False},
+        "q_proj.weight": {True},
+        "reduction.weight": {True},
+    }
+    assert len([name for name in decayed if "relative_position_bias_table" in name]) == 5
 
 
 @settings(deadline=None)
