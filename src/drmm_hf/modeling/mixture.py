@@ -186,3 +186,37 @@ def log_class_probability(class_logits: Tensor, class_labels: Tensor, exponent: 
     """
     log_probability = exponent * F.log_softmax(class_logits, dim=-1).transpose(-1, -2)
     return take_components(log_probability, class_labels)
+
+
+def responsibilities(log_likelihood: Tensor) -> Tensor:
+    """Return the share of each component in a ground truth's likelihood, r_k = p_k / sum_k' p_k'.
+
+    It is also how strongly the ground truth trains the component: -dL_NLL / dlog p_k = r_k (without epsilon).
+
+    Args:
+        log_likelihood (`torch.Tensor` of shape `(..., K)`): log p_k = log(pi_k F_k P_k), in any unit.
+
+    Returns:
+        `torch.Tensor` of shape `(..., K)`: in [0, 1], sum 1.
+
+    Source: Appendix F.2, Eq. 11.
+    """
+    return log_likelihood.softmax(dim=-1)
+
+
+def effective_number_of_positives(log_likelihood: Tensor) -> Tensor:
+    """Count the components that share a ground truth: 1 / sum_k r_k^2, r the `responsibilities`.
+
+    n components of equal shares count as n, one that explains the ground truth alone as 1. Of the usual counts (this
+    and the exponential of the entropy) this one is tied to the regulariser: exp(MCM) <= count <= exp(2 MCM), since
+    the largest share is exp(-MCM); and hundreds of components with next to no share do not add up in it.
+
+    Args:
+        log_likelihood (`torch.Tensor` of shape `(..., K)`): log p_k = log(pi_k F_k P_k), in any unit.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: in [1, K].
+
+    Source: Appendix F; the paper counts positives without a formula for a mixture.
+    """
+    return torch.exp(2 * log_likelihood.logsumexp(dim=-1) - (2 * log_likelihood).logsumexp(dim=-1))
