@@ -28,7 +28,7 @@ def loss_of(config, mixtures):
         {"class_labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.5, 0.5]])}
     ]
     targets = pad_targets(labels * 2, torch.tensor([[64, 96]] * 2), torch.float32)
-    return reduce_terms(nll_mcm(mixtures, targets, config), config)[0]
+    return reduce_terms(nll_mcm(mixtures, targets, config), targets, config)[0]
 
 
 def reaches(output, *tensors):

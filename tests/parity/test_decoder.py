@@ -23,11 +23,11 @@ def _run(case: Case, dtype):
     boxes, features = modules["queries"](case["in.img_hw"])
     last, mixtures = modules["decoder"](maps, boxes, features)
     targets = pad_targets(case.labels(), case["in.img_hw"], dtype)
-    loss, parts = reduce_terms(nll_mcm(mixtures, targets, config), config)
+    loss, parts = reduce_terms(nll_mcm(mixtures, targets, config), targets, config)
     return config, (boxes, features), maps, mixtures, last, loss * len(boxes), parts, modules
 
 
-@pytest.mark.parametrize("path", [*cases("drmm_decoder*.safetensors"), *cases("drmm_topk*.safetensors")])
+@pytest.mark.parametrize("path", cases("drmm_decoder*.safetensors", "drmm_topk*.safetensors"))
 def test_stages_and_losses_in_float32(path):
     case = Case(path)
     config, proposals, maps, mixtures, last, loss, parts, modules = _run(case, torch.float32)
@@ -53,7 +53,7 @@ def test_stages_and_losses_in_float32(path):
     assert error(loss, case["loss.total"]) < 1e-5
 
 
-@pytest.mark.parametrize("path", [*cases("drmm_decoder*.safetensors"), *cases("drmm_topk*.safetensors")])
+@pytest.mark.parametrize("path", cases("drmm_decoder*.safetensors", "drmm_topk*.safetensors"))
 def test_last_stage_losses_and_gradients_in_float64(path):
     case = Case(path)
     config, _, maps, mixtures, last, loss, parts, modules = _run(case, torch.float64)

@@ -266,7 +266,7 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             groups = len(outputs.stages[0].boxes) // len(labels)
             targets = Targets(*(values.repeat_interleave(groups, dim=0) for values in targets))
             terms = self.loss_function(outputs.stages, targets, self.config)
-            loss, loss_dict = reduce_terms(terms, self.config)
+            loss, loss_dict = reduce_terms(terms, targets, self.config)
         return DrmmObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
