@@ -21,6 +21,7 @@ COMMANDS = {
         "drmm evaluate runs/quickstart/best DATA --split val --output OUT",
     ),
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
+    "convert": ("turn a public checkpoint into a model folder", "drmm convert drmm_r50.pth runs/drmm_r50"),
 }
 
 

@@ -1,9 +1,40 @@
-"""Names of the public D-RMM checkpoints and torchvision's ResNets, mapped to this package's names."""
+"""Names of public checkpoints, mapped to this package's names.
+
+A table maps patterns of whole public names to ours, in which `{1-2}` is the number of group 1 less 2. Where one tensor
+of theirs is several of ours, or has its columns in another order, our names follow a function.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
+
+
+def _first_row_apart(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor[:1], tensor[1:]
+
+
+def _halves(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.chunk(2)
+
+
+def _thirds(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.chunk(3)
+
+
+def _channels_last(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Reorder the inputs of patch merging from (channel, row, column), the order of unfolding."""
+    return (tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3),)
+
+
+def _under(theirs: str, ours: str, names: Mapping[str, object]) -> dict[str, object]:
+    """Put a prefix before the names of a table."""
+    return {
+        theirs + pattern: ours + target
+        if isinstance(target, str)
+        else (target[0], *(ours + name for name in target[1:]))
+        for pattern, target in names.items()
+    }
 
 
 # torchvision's (and mmdetection's) ResNet -> transformers' ResNet.
@@ -16,75 +47,222 @@ RESNET_NAMES = {
     r"layer(\d)\.(\d+)\.downsample\.1\.(.+)": r"encoder.stages.{1-1}.layers.\2.shortcut.normalization.\3",
 }
 
-_STAGE = r"roi_head\.bbox_head\.(\d+)\."
-_LAYER = r"decoder.layers.\1."
+# detectron2's ResNet -> transformers' ResNet.
+DETECTRON2_RESNET_NAMES = {
+    r"stem\.conv1\.weight": r"embedder.embedder.convolution.weight",
+    r"stem\.conv1\.norm\.(.+)": r"embedder.embedder.normalization.\1",
+    r"res(\d)\.(\d+)\.conv(\d)\.weight": r"encoder.stages.{1-2}.layers.\2.layer.{3-1}.convolution.weight",
+    r"res(\d)\.(\d+)\.conv(\d)\.norm\.(.+)": r"encoder.stages.{1-2}.layers.\2.layer.{3-1}.normalization.\4",
+    r"res(\d)\.(\d+)\.shortcut\.weight": r"encoder.stages.{1-2}.layers.\2.shortcut.convolution.weight",
+    r"res(\d)\.(\d+)\.shortcut\.norm\.(.+)": r"encoder.stages.{1-2}.layers.\2.shortcut.normalization.\3",
+}
 
-# The public detector -> DrmmModel. A list splits the rows of one tensor: (first row, last row, name).
-DETECTOR_NAMES = {
-    **{rf"backbone\.{pattern}": rf"backbone.network.{name}" for pattern, name in RESNET_NAMES.items()},
-    r"neck\.lateral_convs\.(\d)\.conv\.(.+)": r"neck.pyramid.inner_blocks.\1.0.\2",
-    r"neck\.fpn_convs\.(\d)\.conv\.(.+)": r"neck.pyramid.layer_blocks.\1.0.\2",
-    r"rpn_head\.init_proposal_bboxes\.weight": "queries.boxes",
-    r"rpn_head\.init_proposal_features\.weight": "queries.features",
-    _STAGE + r"fc_cls\.(.+)": [(0, 1, _LAYER + r"head.objectness.\2"), (1, None, _LAYER + r"head.classifier.\2")],
-    _STAGE + r"fc_reg\.(.+)": [(0, 4, _LAYER + r"head.box_delta.\2"), (4, 8, _LAYER + r"head.box_scale.\2")],
-    _STAGE + r"cls_fcs\.(\d+)\.(.+)": _LAYER + r"head.class_branch.\2.\3",
-    _STAGE + r"reg_fcs\.(\d+)\.(.+)": _LAYER + r"head.box_branch.\2.\3",
-    _STAGE + r"attention\.attn\.in_proj_(.+)": _LAYER + r"stage.attention.in_proj.\2",
-    _STAGE + r"attention\.attn\.out_proj\.(.+)": _LAYER + r"stage.attention.out_proj.\2",
-    _STAGE + r"attention_norm\.(.+)": _LAYER + r"stage.attention_norm.\2",
-    _STAGE + r"instance_interactive_conv\.dynamic_layer\.(.+)": _LAYER + r"stage.dynamic_conv.generator.\2",
-    _STAGE + r"instance_interactive_conv\.norm_in\.(.+)": _LAYER + r"stage.dynamic_conv.norm_inner.\2",
-    _STAGE + r"instance_interactive_conv\.norm_out\.(.+)": _LAYER + r"stage.dynamic_conv.norm_outer.\2",
-    _STAGE + r"instance_interactive_conv\.fc_layer\.(.+)": _LAYER + r"stage.dynamic_conv.projection.\2",
-    _STAGE + r"instance_interactive_conv\.fc_norm\.(.+)": _LAYER + r"stage.dynamic_conv.norm_projection.\2",
-    _STAGE + r"instance_interactive_conv_norm\.(.+)": _LAYER + r"stage.dynamic_norm.\2",
-    _STAGE + r"ffn\.layers\.0\.0\.(.+)": _LAYER + r"stage.feed_forward.0.\2",
-    _STAGE + r"ffn\.layers\.1\.(.+)": _LAYER + r"stage.feed_forward.3.\2",
-    _STAGE + r"ffn_norm\.(.+)": _LAYER + r"stage.feed_forward_norm.\2",
+# mmdetection's Swin -> transformers' SwinBackbone.
+_BLOCK, _OUR_BLOCK = r"stages\.(\d)\.blocks\.(\d+)\.", r"swin.encoder.layers.\1.blocks.\2."
+SWIN_NAMES = {
+    r"patch_embed\.projection\.(.+)": r"swin.embeddings.patch_embeddings.projection.\1",
+    r"patch_embed\.norm\.(.+)": r"swin.embeddings.norm.\1",
+    **_under(
+        _BLOCK,
+        _OUR_BLOCK,
+        {
+            r"norm1\.(.+)": r"layernorm_before.\3",
+            r"attn\.w_msa\.qkv\.(.+)": (_thirds, *(rf"attention.{part}_proj.\3" for part in "qkv")),
+            r"attn\.w_msa\.proj\.(.+)": r"attention.o_proj.\3",
+            r"attn\.w_msa\.(relative_position_.+)": r"attention.relative_position_bias.\3",
+            r"norm2\.(.+)": r"layernorm_after.\3",
+            r"ffn\.layers\.0\.0\.(.+)": r"mlp.fc1.\3",
+            r"ffn\.layers\.1\.(.+)": r"mlp.fc2.\3",
+        },
+    ),
+    r"stages\.(\d)\.downsample\.(.+)": (_channels_last, r"swin.encoder.layers.\1.downsample.\2"),
+    r"norm0\.(.+)": r"hidden_states_norms.stage1.\1",
+    r"norm1\.(.+)": r"hidden_states_norms.stage2.\1",
+    r"norm2\.(.+)": r"hidden_states_norms.stage3.\1",
+    r"norm3\.(.+)": r"hidden_states_norms.stage4.\1",
+}
+
+# Outside the heads, by `decoder_type`. Group 1 of the second part is the stage.
+_AROUND_THE_HEADS = {
+    "sparse_rcnn": {
+        r"neck\.lateral_convs\.(\d)\.conv\.(.+)": r"neck.pyramid.inner_blocks.\1.0.\2",
+        r"neck\.fpn_convs\.(\d)\.conv\.(.+)": r"neck.pyramid.layer_blocks.\1.0.\2",
+        r"rpn_head\.init_proposal_bboxes\.weight": r"queries.boxes",
+        r"rpn_head\.init_proposal_features\.weight": r"queries.features",
+        **_under(
+            r"roi_head\.bbox_head\.(\d+)\.instance_interactive_conv",
+            r"decoder.layers.\1.stage.",
+            {
+                r"\.dynamic_layer\.(.+)": r"dynamic_conv.generator.\2",
+                r"\.norm_in\.(.+)": r"dynamic_conv.norm_inner.\2",
+                r"\.norm_out\.(.+)": r"dynamic_conv.norm_outer.\2",
+                r"\.fc_layer\.(.+)": r"dynamic_conv.projection.\2",
+                r"\.fc_norm\.(.+)": r"dynamic_conv.norm_projection.\2",
+                r"_norm\.(.+)": r"dynamic_norm.\2",
+            },
+        ),
+    },
+    "adamixer": {
+        r"neck\.lateral_convs\.(\d)\.conv\.(.+)": r"neck.projections.\1.\2",
+        r"neck\.gn_out\.(.+)": r"neck.norm.\1",
+        r"rpn_head\.init_proposal_bboxes\.weight": r"queries.boxes",
+        r"rpn_head\.init_content_features\.weight": r"queries.features",
+        r"roi_head\.bbox_head\.(\d+)\.iof_tau": r"decoder.layers.\1.stage.iof_scale",
+        **_under(
+            r"roi_head\.bbox_head\.(\d+)\.sampling_n_mixing\.",
+            r"decoder.layers.\1.stage.",
+            {
+                r"sampling_offset_generator\.0\.(.+)": r"sampling_offset.\2",
+                r"adaptive_mixing\.parameter_generator\.0\.(.+)": r"mixing.generator.\2",
+                r"adaptive_mixing\.out_proj\.(.+)": r"mixing.projection.\2",
+                r"norm\.(.+)": r"mixing_norm.\2",
+            },
+        ),
+    },
+}
+_EVERY_STAGE = {
+    r"attention\.attn\.in_proj_(.+)": r"stage.attention.in_proj.\2",
+    r"attention\.attn\.out_proj\.(.+)": r"stage.attention.out_proj.\2",
+    r"attention_norm\.(.+)": r"stage.attention_norm.\2",
+    r"ffn\.layers\.0\.0\.(.+)": r"stage.feed_forward.0.\2",
+    r"ffn\.layers\.1\.(.+)": r"stage.feed_forward.3.\2",
+    r"ffn_norm\.(.+)": r"stage.feed_forward_norm.\2",
+    r"cls_fcs\.(\d+)\.(.+)": r"head.class_branch.\2.\3",
+    r"reg_fcs\.(\d+)\.(.+)": r"head.box_branch.\2.\3",
+}
+# The last layers, by `head_type`.
+_LAST_LAYERS = {
+    "mixture": {
+        r"fc_cls\.(.+)": (_first_row_apart, r"head.objectness.\2", r"head.classifier.\2"),
+        r"fc_reg\.(.+)": (_halves, r"head.box_delta.\2", r"head.box_scale.\2"),
+    },
+    "box": {
+        r"fc_cls\.(.+)": r"head.classifier.\2",
+        r"fc_reg\.(.+)": r"head.box_delta.\2",
+    },
+}
+
+# A detector of the mmdetection family -> DrmmModel, by `decoder_type` and `head_type`.
+MMDETECTION_NAMES = {
+    (decoder_type, head_type): {
+        **_under(r"backbone\.", r"backbone.network.", RESNET_NAMES | SWIN_NAMES),
+        **around,
+        **_under(r"roi_head\.bbox_head\.(\d+)\.", r"decoder.layers.\1.", _EVERY_STAGE | last_layers),
+    }
+    for decoder_type, around in _AROUND_THE_HEADS.items()
+    for head_type, last_layers in _LAST_LAYERS.items()
+}
+DETECTOR_NAMES = MMDETECTION_NAMES["sparse_rcnn", "mixture"]  # D-RMM as its authors published it
+
+# Sparse R-CNN of the detectron2 family -> DrmmModel.
+DETECTRON2_NAMES = {
+    **_under(r"backbone\.bottom_up\.", r"backbone.network.", DETECTRON2_RESNET_NAMES),
+    r"backbone\.fpn_lateral(\d)\.(.+)": r"neck.pyramid.inner_blocks.{1-2}.0.\2",
+    r"backbone\.fpn_output(\d)\.(.+)": r"neck.pyramid.layer_blocks.{1-2}.0.\2",
+    r"init_proposal_boxes\.weight": r"queries.boxes",
+    r"init_proposal_features\.weight": r"queries.features",
+    **_under(
+        r"head\.head_series\.(\d+)\.",
+        r"decoder.layers.\1.",
+        {
+            r"self_attn\.in_proj_(.+)": r"stage.attention.in_proj.\2",
+            r"self_attn\.out_proj\.(.+)": r"stage.attention.out_proj.\2",
+            r"norm1\.(.+)": r"stage.attention_norm.\2",
+            r"inst_interact\.dynamic_layer\.(.+)": r"stage.dynamic_conv.generator.\2",
+            r"inst_interact\.norm1\.(.+)": r"stage.dynamic_conv.norm_inner.\2",
+            r"inst_interact\.norm2\.(.+)": r"stage.dynamic_conv.norm_outer.\2",
+            r"inst_interact\.out_layer\.(.+)": r"stage.dynamic_conv.projection.\2",
+            r"inst_interact\.norm3\.(.+)": r"stage.dynamic_conv.norm_projection.\2",
+            r"norm2\.(.+)": r"stage.dynamic_norm.\2",
+            r"linear1\.(.+)": r"stage.feed_forward.0.\2",
+            r"linear2\.(.+)": r"stage.feed_forward.3.\2",
+            r"norm3\.(.+)": r"stage.feed_forward_norm.\2",
+            r"cls_module\.(\d+)\.(.+)": r"head.class_branch.\2.\3",
+            r"reg_module\.(\d+)\.(.+)": r"head.box_branch.\2.\3",
+            r"class_logits\.(.+)": r"head.classifier.\2",
+            r"bboxes_delta\.(.+)": r"head.box_delta.\2",
+        },
+    ),
 }
 
 
+def detector_names(state_dict: Mapping[str, Tensor]) -> Mapping[str, object]:
+    """Choose the table of names that a detector's state dict needs.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): tensors by public name; those of backbone and neck may be absent.
+
+    Returns:
+        `Mapping`: `DETECTRON2_NAMES` or one of `MMDETECTION_NAMES`. The head is a mixture's if `fc_reg` has 8 rows.
+
+    Raises:
+        ValueError: if the names are of no known family.
+    """
+    if "init_proposal_boxes.weight" in state_dict:
+        return DETECTRON2_NAMES
+    last_layer = state_dict.get("roi_head.bbox_head.0.fc_reg.weight")
+    for decoder_type, queries in (("sparse_rcnn", "init_proposal_features"), ("adamixer", "init_content_features")):
+        if last_layer is not None and f"rpn_head.{queries}.weight" in state_dict:
+            return MMDETECTION_NAMES[decoder_type, "mixture" if len(last_layer) == 8 else "box"]
+    raise ValueError(
+        "the names are of no D-RMM, Sparse R-CNN or AdaMixer detector of the mmdetection or detectron2 family: "
+        f"{_some(state_dict)}."
+    )
+
+
 def convert_state_dict(state_dict: Mapping[str, Tensor], names: Mapping[str, object]) -> dict[str, Tensor]:
-    """Rename and split every tensor of a state dict.
+    """Rename, split and reorder every tensor of a state dict.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): tensors by public name.
-        names (`Mapping[str, str | list]`): patterns of whole public names and what they become: `DETECTOR_NAMES` or
-            `RESNET_NAMES`.
+        names (`Mapping[str, str | tuple]`): a table of this module, such as `detector_names(state_dict)`.
 
     Returns:
-        `dict[str, torch.Tensor]`: tensors by our name; views of the given ones.
+        `dict[str, torch.Tensor]`: tensors by our name; views of the given ones where the order is kept.
 
     Raises:
         ValueError: if a name fits no pattern, or two names become the same one.
     """
     converted, unknown = {}, []
     for name, tensor in state_dict.items():
-        targets = _targets(name, names)
-        if targets is None:
+        match, target = _find(name, names)
+        if match is None:
             unknown.append(name)
             continue
-        for first, last, target in targets:
-            if target in converted:
-                raise ValueError(f"{name!r} becomes {target!r}, which another tensor became before.")
-            converted[target] = tensor[first:last] if (first, last) != (None, None) else tensor
+        parts = [(target, tensor)] if isinstance(target, str) else zip(target[1:], target[0](tensor), strict=True)
+        for template, part in parts:
+            ours = _expand(template, match)
+            if ours in converted:
+                raise ValueError(f"{name!r} becomes {ours!r}, which another tensor became before.")
+            converted[ours] = part
     if unknown:
         raise ValueError(f"{len(unknown)} names fit no pattern: {_some(unknown)}")
     return converted
 
 
-def _targets(name: str, names: Mapping[str, object]) -> list[tuple] | None:
-    for pattern, target in names.items():
-        if match := re.fullmatch(pattern, name):
-            rows = target if isinstance(target, list) else [(None, None, target)]
-            return [(first, last, _expand(template, match)) for first, last, template in rows]
-    return None
+def our_names(name: str, names: Mapping[str, object]) -> list[str]:
+    """Return what a public name becomes.
+
+    Args:
+        name (`str`): a whole public name.
+        names (`Mapping[str, str | tuple]`): a table of this module.
+
+    Returns:
+        `list[str]`: our names, empty if the name fits no pattern.
+    """
+    match, target = _find(name, names)
+    templates = [target] if isinstance(target, str) else (target or ())[1:]
+    return [_expand(template, match) for template in templates]
+
+
+def _find(name: str, names: Mapping[str, object]) -> tuple[re.Match | None, object]:
+    matches = ((re.fullmatch(pattern, name), target) for pattern, target in names.items())
+    return next(((match, target) for match, target in matches if match), (None, None))
 
 
 def _expand(template: str, match: re.Match) -> str:
-    """Fill in a template's groups, one in braces with `-1` as a number less one."""
-    template = re.sub(r"\{(\d)-1\}", lambda group: str(int(match[int(group[1])]) - 1), template)
+    """Fill in a template's groups; one in braces is a number less another."""
+    template = re.sub(r"\{(\d)-(\d)\}", lambda part: str(int(match[int(part[1])]) - int(part[2])), template)
     return match.expand(template)
 
 

@@ -1,0 +1,154 @@
+"""Read a checkpoint file of others: its weights, and what it says about classes and settings."""
+
+import ast
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+# Entries beside the weights that hold tensors too.
+_TRAINING_STATE = "state of the training run"
+_DROPPED_ENTRIES = {
+    "optimizer": _TRAINING_STATE,
+    "scheduler": _TRAINING_STATE,
+    "lr_scheduler": _TRAINING_STATE,
+    "param_schedulers": _TRAINING_STATE,
+    "message_hub": _TRAINING_STATE,
+    "loss_scaler": _TRAINING_STATE,
+    "grad_scaler": _TRAINING_STATE,
+    # mmengine swaps the two sets of weights when it saves.
+    "ema_state_dict": "weights that were not averaged; those of state_dict are the moving average",
+}
+
+
+class PublicCheckpoint(NamedTuple):
+    """What a checkpoint file holds.
+
+    Attributes:
+        weights (`dict[str, torch.Tensor]`): by public name, without a wrapper's prefix.
+        class_names (`list[str]` or `None`): of the data set it was trained on, if it tells.
+        settings (`dict[str, list]`): from `stated_settings` on the training configuration inside.
+        dropped (`dict[str, str]`): reason by name of every entry and every tensor that is left out.
+    """
+
+    weights: dict[str, Tensor]
+    class_names: list[str] | None
+    settings: dict[str, list]
+    dropped: dict[str, str]
+
+
+def read_checkpoint(path: str | Path, trust_pickle: bool = False) -> PublicCheckpoint:
+    """Read a checkpoint of the mmdetection or detectron2 family, or a bare state dict.
+
+    Where a hook kept a moving average, the plain names are taken: both mmcv's and mmengine's hooks swap the two sets
+    before saving, so that plain names hold the average, and they are what mmdetection itself evaluates.
+
+    Args:
+        path (`str` or `Path`): a file of `torch.save` or a safetensors file.
+        trust_pickle (`bool`): unpickle objects other than tensors and plain values, which runs code of whoever wrote
+            the file.
+
+    Returns:
+        `PublicCheckpoint`: weights and what belongs to them.
+
+    Raises:
+        FileNotFoundError: if `path` is no file.
+        ValueError: if the file cannot be read, needs `trust_pickle`, holds no state dict, or holds tensors outside it
+            that nothing explains.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} is not a file.")
+    content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path, trust_pickle)
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a state dict.")
+    entry = next((name for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), None)
+    weights, dropped = dict(content if entry is None else content[entry]), {}
+    for name, value in content.items() if entry is not None else ():
+        if name in (entry, "meta"):
+            continue
+        if name not in _DROPPED_ENTRIES and _holds_tensors(value):
+            raise ValueError(f"{path}: nothing explains the entry {name!r}, which holds tensors beside {entry!r}.")
+        dropped[name] = _DROPPED_ENTRIES.get(name, "holds no tensor")
+    others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        kind = type(weights[others[0]]).__name__
+        raise ValueError(f"{path}: {others[0]!r} is a {kind}; a state dict holds only tensors.")
+
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    copies = {"ema_" + name.replace(".", "_") for name in weights}
+    for name in [name for name in weights if name in copies]:
+        dropped[name] = "weight that was not averaged; the plain name holds the moving average"
+        del weights[name]
+
+    meta = content.get("meta") if entry is not None else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    text = meta.get("config") or meta.get("cfg")
+    return PublicCheckpoint(weights, _class_names(meta), stated_settings(text) if text else {}, dropped)
+
+
+def stated_settings(text: str) -> dict[str, list]:
+    """Collect the settings of a configuration written as Python code, which is parsed and never run.
+
+    Args:
+        text (`str`): mmdetection's dump of its configuration.
+
+    Returns:
+        `dict[str, list]`: by name of a keyword argument, wherever in the text, the different literal values it has.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, TypeError, ValueError):
+        return {}
+    found: dict[str, list] = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.keyword) or node.arg is None:
+            continue
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            continue
+        if value not in found.setdefault(node.arg, []):
+            found[node.arg].append(value)
+    return found
+
+
+def _unpickle(path: Path, trust: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust)
+    except ImportError as error:
+        raise ValueError(f"{path} holds objects of a package that is not installed: {error}.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused and not trust:
+            raise ValueError(
+                f"{path} holds more than tensors and plain values: {refused[1]}. Reading it would run code of whoever "
+                "wrote the file; if you trust them, say so with --trust-pickle (trust_pickle=True)."
+            ) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read by torch.load: {reason}") from error
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return isinstance(value, Tensor)
+    return any(map(_holds_tensors, value))
+
+
+def _class_names(meta: Mapping[str, Any]) -> list[str] | None:
+    """Return the names in mmdetection's `CLASSES`, or where mmdetection 3 keeps them."""
+    data = meta.get("dataset_meta")
+    data = data if isinstance(data, Mapping) else {}
+    names = meta.get("CLASSES") or data.get("classes") or data.get("CLASSES")
+    if not names:
+        return None
+    return [names] if isinstance(names, str) else list(names)

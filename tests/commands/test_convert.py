@@ -1,0 +1,59 @@
+"""`drmm convert`, from the command line to a detector that gives the recorded detections."""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForObjectDetection
+
+from drmm_cli import main
+from drmm_hf.conversion.class_names import coco_categories
+from parity.conftest import Case, cases, check_detections, error
+
+
+@pytest.mark.parametrize("path", cases("drmm_e2e_r50w8*.safetensors"))
+def test_recorded_weights_give_the_recorded_detections(path, tmp_path, capsys):
+    case = Case(path)
+    weights = {name: value.float() for name, value in case.starting_with("param.").items()}
+    names = tuple(coco_categories().values())
+    torch.save({"state_dict": weights, "meta": {"CLASSES": names}}, tmp_path / "drmm.pth")
+    heads = ["--num-attention-heads", str(case.info["num_heads"])]
+    assert main(["convert", str(tmp_path / "drmm.pth"), str(tmp_path / "out"), *heads]) == 0
+    printed = capsys.readouterr().out
+    assert "drmm.pth: D-RMM on Sparse R-CNN, ResNet of depths 3-4-6-3 and width 256" in printed
+    assert f"{len(weights)} tensors mapped to " in printed and "conversion.json" in printed
+
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path / "out").eval()
+    assert model.config.id2label[79] == "toothbrush" and model.config.category_ids[79] == 90
+    height, width = case.info["padded_hw"]
+    sizes = case["in.img_hw"]
+    mask = (torch.arange(height)[:, None] < sizes[:, :1, None]) & (torch.arange(width) < sizes[:, 1:, None])
+    with torch.no_grad():
+        outputs = model(case["in.image"], mask.long())
+    assert error(outputs.logits.sigmoid(), case["final.conf"]) < 2e-4
+    check_detections(case, outputs)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+def test_a_file_with_code_is_refused_in_one_line(tmp_path, capsys):
+    torch.save({"state_dict": {"x": torch.ones(1)}, "meta": {"hook": Payload()}}, tmp_path / "drmm.pth")
+    arguments = ["convert", str(tmp_path / "drmm.pth"), str(tmp_path / "out")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "getcwd" in said and "--trust-pickle" in said
+    assert main([*arguments, "--trust-pickle"]) == 2
+    assert "no D-RMM, Sparse R-CNN or AdaMixer" in capsys.readouterr().err
+
+
+def test_labels_that_do_not_fit_are_said(tmp_path, capsys):
+    case = Case(cases("drmm_e2e_r50w8*.safetensors")[0].values[0])
+    torch.save({name: value.float() for name, value in case.starting_with("param.").items()}, tmp_path / "drmm.pth")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    arguments = ["convert", str(tmp_path / "drmm.pth"), str(tmp_path / "out"), "--labels", str(tmp_path / "names.txt")]
+    assert main(arguments) == 2
+    assert "know 80 classes, but there are 2 names" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
