@@ -31,6 +31,19 @@ def test_the_lines_of_inference_in_the_readme_run(tmp_path, monkeypatch):
     assert len(result["scores"]) == len(result["boxes"]) and (result["scores"] > 0.5).all()
 
 
+def test_the_decoder_of_ones_own_learns():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_decoder.md").read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert scope["losses"][-1] < 0.5 * scope["losses"][0]
+    assert (scope["scores"] > 0.5).all()
+    boxes, best = scope["mixture"].boxes, scope["best"]
+    expected = scope["targets"].boxes
+    distance = (boxes[range(2), best][:, None] - expected).abs().amax(-1)
+    distance[0, 1] = torch.inf  # padding
+    assert (distance.min(-1).values < 4).all()
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_builds_its_model(path):
     recipe = load_recipe(path)
