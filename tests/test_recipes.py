@@ -1,8 +1,12 @@
 """The paper's recipes hold the paper's numbers, and every row of its tables is a recipe and overrides that load."""
 
 import argparse
+import dataclasses
+import math
+import pkgutil
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ import torch
 from conftest import STAGES
 from drmm_hf import DrmmConfig, DrmmForObjectDetection
 from drmm_hf.commands.train import add_arguments, parse_fields
-from drmm_hf.training.arguments import DataArguments, load_recipe
+from drmm_hf.training.arguments import DataArguments, TrainingArguments, load_recipe
 from drmm_hf.training.optimizer import schedule_factor
 
 
@@ -230,3 +234,113 @@ def test_groups_change_nothing_else():
         assert group.model.pop("num_query_groups") == 12
         group.training.output_dir = plain.training.output_dir
         assert group == plain
+
+
+CONCEPTS = (ROOT / "docs" / "concepts.md").read_text()
+EVERY_ROW = CONCEPTS.partition("## Every row as a recipe")[2].partition("\n## ")[0]
+
+
+def tables(text):
+    """Split markdown into tables: lists of rows, each a list of cells, the line under the header left out."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.splitlines()]
+        yield [rows[0], *rows[2:]]
+
+
+def code_spans(text):
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def recipes_of_rows():
+    """Read the recipes and overrides of a section: single ones, and tables with overrides in rows and columns."""
+    matrices = []
+    for header, *rows in tables(EVERY_ROW):
+        if header[0].startswith("`"):
+            (recipe,), *columns = map(code_spans, header)
+            matrices += [" ".join([recipe, *code_spans(row[0]), *column]) for row in rows for column in columns]
+    outside = EVERY_ROW
+    for row in re.findall(r"^\| `.*\n", EVERY_ROW, re.MULTILINE):
+        outside = outside.replace(row, "")
+    return sorted({span for span in code_spans(outside) if re.match(r"\w+\.yaml", span)} | set(matrices))
+
+
+def test_every_row_of_the_papers_tables_is_there():
+    """12 of Tables 1, 5, 6; 3 more of Table 2, 1 of 3, 3 of 7, 16 of 8, 3 of 10, 2 of 11; 5 of Figures 11 and 12."""
+    rows = recipes_of_rows()
+    assert len(rows) == 12 + 3 + 1 + 3 + 16 + 3 + 2 + 5
+    assert {row for row in rows if " " not in row} == {f"{name}.yaml" for name in PAPER}
+
+
+@pytest.mark.parametrize("row", recipes_of_rows())
+def test_every_row_of_the_papers_tables_loads(row):
+    recipe, args = read_command(shlex.split(f"scripts/recipes/{row}"))
+    plain = load_recipe(ROOT / args.recipe)
+    given = parse_fields(shlex.split(row)[1:])
+    assert (recipe.data, recipe.training) == (plain.data, plain.training)
+    changed = {name for name in recipe.model if recipe.model[name] != plain.model.get(name)}
+    assert changed <= {name.replace("-", "_") for name in given}
+    config = DrmmConfig(**recipe.model)
+    assert config.num_queries == math.prod(config.proposal_grid or [config.num_queries])
+
+
+def test_rows_differ_from_each_other():
+    configs = [str(read_command(shlex.split(f"scripts/recipes/{row}"))[0].model) for row in recipes_of_rows()]
+    assert len(set(configs)) == len(configs) - 2  # 0.5 at 300 queries of Table 8 and F alone of Table 7 are the recipe
+
+
+COMMANDS = sorted(
+    {span for span in code_spans(CONCEPTS) if span.startswith("drmm ") and len(span.split()) > 2 and "..." not in span}
+    | {line for line in CONCEPTS.splitlines() if line.startswith("drmm ")}
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_in_the_concepts_are_understood(command):
+    _, name, *words = shlex.split(command)
+    parser = argparse.ArgumentParser()
+    import_module(f"drmm_hf.commands.{name}").add_arguments(parser)
+    args = parser.parse_args(words)
+    assert getattr(args, "split", "val2017") in ("val", "val2017")
+
+
+def test_the_example_trains_the_row_that_it_evaluates():
+    (training,) = re.findall(r"scripts/train\.py (.*)", CONCEPTS.replace("\\\n", ""))
+    recipe, args = read_command(shlex.split(training))
+    assert recipe.model["criterion"] == "nll" and args.data == "COCO"
+    assert f"drmm evaluate {args.output}/best COCO " in CONCEPTS
+
+
+def map_rows():
+    for section in ("Equations", "Tables and figures"):
+        text = CONCEPTS.partition(f"## {section}\n")[2].partition("\n## ")[0]
+        for header, *rows in tables(text):
+            assert header == ["paper", "what", "code", "test"]
+            yield from rows
+
+
+@pytest.mark.parametrize("row", map_rows(), ids=lambda row: row[0])
+def test_the_map_from_paper_to_code_names_what_exists(row):
+    _, what, code, test = row
+    sections = (DrmmConfig, DataArguments, TrainingArguments)
+    fields = {field.name for section in sections for field in dataclasses.fields(section)}
+    assert what and code_spans(test)
+    for span in code_spans(code):
+        if "." in span and not span.startswith("drmm "):
+            pkgutil.resolve_name(f"drmm_hf.{span}")
+        else:
+            assert span in fields or span in COMMANDS
+    for span in code_spans(test):
+        path, _, name = span.partition("::")
+        if path.endswith(".py"):
+            assert re.search(rf"(def|class) {name}\b", (ROOT / "tests" / path).read_text()), span
+
+
+def test_the_map_leaves_out_no_equation_table_or_figure():
+    named = " ".join(row[0] for row in map_rows())
+    for kind, last in (("Eq", 11), ("Table", 11), ("Fig", 15)):
+        numbers = set()
+        for listed in re.findall(rf"{kind}s?\.? ([\d, -]+)", named):
+            for part in listed.split(","):
+                ends = [int(number) for number in part.strip().split("-") if number]
+                numbers |= set(range(ends[0], ends[-1] + 1)) if ends else set()
+        assert numbers == set(range(1, last + 1)), kind
