@@ -14,12 +14,12 @@ from drmm_hf.modeling.adamixer_stage import (
     AdaMixerStage,
     AdaptiveMixing,
     initial_offset_bias,
-    log_overlap,
     position_embedding,
     sample_maps,
     sample_points,
 )
 from drmm_hf.modeling.boxes import xyxy_to_xyzr
+from drmm_hf.modeling.query_layers import log_overlap
 
 
 STRIDES = (4, 8, 16, 32)
@@ -68,14 +68,6 @@ def test_position_embedding_term_by_term():
             angle = value / 10000 ** (2 * (feature // 2) / 6)
             expected = math.cos(angle) if feature % 2 else math.sin(angle)
             assert embedding[6 * coordinate + feature].item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_overlap_is_the_share_of_the_first_box():
-    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 4, 4], [10, 10, 12, 14], [5, 5, 5, 9]], dtype=torch.float64)
-    share = log_overlap(boxes).exp() - 1e-7
-    expected = torch.eye(4, dtype=torch.float64)
-    expected[0, 1], expected[1, 0], expected[3, 3] = 0.25, 1, 0
-    torch.testing.assert_close(share, expected, rtol=0, atol=1e-12)
 
 
 def test_points_lie_relative_to_the_box():

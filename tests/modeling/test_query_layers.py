@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from conftest import tiny_config
-from drmm_hf.modeling.query_layers import DrmmSelfAttention, FeedForward
+from drmm_hf.modeling.query_layers import DrmmSelfAttention, FeedForward, log_overlap
 
 
 def attention_and_torchs(implementation, heads=4):
@@ -50,6 +50,14 @@ def test_gradients_reach_the_bias(implementation):
     x = torch.randn(1, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bias = torch.zeros(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda bias: ours(x, bias)[0], bias)
+
+
+def test_overlap_is_the_share_of_the_first_box():
+    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 4, 4], [10, 10, 12, 14], [5, 5, 5, 9]], dtype=torch.float64)
+    share = log_overlap(boxes).exp() - 1e-7
+    expected = torch.eye(4, dtype=torch.float64)
+    expected[0, 1], expected[1, 0], expected[3, 3] = 0.25, 1, 0
+    torch.testing.assert_close(share, expected, rtol=0, atol=1e-12)
 
 
 def test_feed_forward():

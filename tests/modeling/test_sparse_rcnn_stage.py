@@ -96,3 +96,15 @@ def test_regions_are_placed_in_float32(autocast, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = stage([m.to(torch.bfloat16) for m in maps], boxes.float(), features.to(dtype))
     assert seen == [(torch.float32, False)] and output.isfinite().all()
+
+
+def test_overlap_biases_the_attention_on_request():
+    plain, biased = config(), config(overlap_attention=True)
+    stage, other = disturbed(SparseRcnnStage(biased)), disturbed(SparseRcnnStage(plain))
+    assert other.iof_scale is None and stage.iof_scale.shape == (2,)
+    other.load_state_dict({name: value for name, value in stage.state_dict().items() if name != "iof_scale"})
+    maps = [random(2, 16, 64 // stride, 96 // stride, seed=stride) for stride in (4, 8, 16, 32)]
+    boxes, features = random(2, 5, 4).abs().cumsum(-1) * 10, random(2, 5, 16, seed=9)
+    assert not torch.allclose(stage(maps, boxes, features), other(maps, boxes, features))
+    nn.init.zeros_(stage.iof_scale)
+    torch.testing.assert_close(stage(maps, boxes, features), other(maps, boxes, features))

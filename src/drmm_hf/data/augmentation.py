@@ -89,7 +89,9 @@ def build_augmentation(
         return Augmentation(preset, resizes=False)
     flips = [v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)]
     resize = [RandomShortestSize(list(short_edges), max_long_edge)]
-    crop = v2.Compose([RandomShortestSize(list(crop_short_edges), 7 * max(crop_short_edges)), RandomSizeCrop(*crop_sizes)])
+    # Before its crop the public code bounds a picture's longer side at 4200, 7 times 600.
+    enlarge = RandomShortestSize(list(crop_short_edges), 7 * max(crop_short_edges))
+    crop = v2.Compose([enlarge, RandomSizeCrop(*crop_sizes)])
     colour = [v2.RandomApply([v2.RandomPhotometricDistort()], p=colour_distortion)] if colour_distortion else []
     distort = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(_MEAN_COLOUR, (1.0, 2.0)), v2.RandomIoUCrop()]
     steps = {

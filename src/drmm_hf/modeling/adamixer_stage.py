@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .backbone import STRIDES
 from .boxes import xyxy_to_xyzr
-from .query_layers import DrmmSelfAttention, FeedForward
+from .query_layers import DrmmSelfAttention, FeedForward, overlap_bias
 from .roi_pooling import image_of_row
 
 
@@ -24,25 +24,6 @@ def position_embedding(xyzr: Tensor, num_features: int) -> Tensor:
     pair = torch.arange(0, num_features, 2, dtype=xyzr.dtype, device=xyzr.device)
     angles = values[..., None] / 10000 ** (pair / num_features)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
-
-
-def log_overlap(boxes: Tensor) -> Tensor:
-    """Return log(IoF + 1e-7): how much of box i lies in box j.
-
-    Args:
-        boxes (`torch.Tensor` of shape `(..., K, 4)`): xyxy, pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(..., K, K)`: IoF_ij is the intersection over the area of box i, at least 1e-6.
-    """
-    left, top, right, bottom = boxes.unbind(-1)
-
-    def common(start: Tensor, end: Tensor) -> Tensor:
-        start = torch.maximum(start[..., :, None], start[..., None, :])
-        return (torch.minimum(end[..., :, None], end[..., None, :]) - start).clamp(min=0)
-
-    area = ((right - left) * (bottom - top)).clamp(min=1e-6)
-    return (common(left, right) * common(top, bottom) / area[..., None] + 1e-7).log()
 
 
 def sample_points(xyzr: Tensor, offsets: Tensor) -> Tensor:
@@ -192,7 +173,7 @@ class AdaMixerStage(nn.Module):
         boxes = boxes.detach()
         xyzr = xyxy_to_xyzr(boxes)
         placed = features + position_embedding(xyzr, features.shape[-1] // 4).to(features.dtype)
-        bias = self.iof_scale[:, None, None] * log_overlap(boxes)[:, None].to(self.iof_scale.dtype)
+        bias = overlap_bias(boxes, self.iof_scale)
         features = self.attention_norm(placed + self.dropout(self.attention(placed, bias)[0]))
         with torch.autocast(boxes.device.type, enabled=False):
             offsets = F.linear(

@@ -64,6 +64,10 @@ class DrmmConfig(PreTrainedConfig):
             Dropout of the three residual branches of a stage and within the feed-forward network.
         dynamic_size (`int`, *optional*, defaults to 64):
             Inner channels of the dynamic convolution (Sparse R-CNN's `dynamic_feat_channels`).
+        overlap_attention (`bool`, *optional*, defaults to that of the decoder):
+            Bias the self-attention by how much the queries' boxes overlap: `True` with "adamixer", which cannot do
+            without, `False` with "sparse_rcnn". Meant for little data, where queries that find the same object are
+            hard to tell from queries that find its like.
         num_sampling_groups (`int`, *optional*, defaults to 4):
             Groups of channels that AdaMixer samples and mixes apart.
         num_sampling_points (`int`, *optional*, defaults to 32):
@@ -180,6 +184,7 @@ class DrmmConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     dropout: float | int = 0.0
     dynamic_size: int = 64
+    overlap_attention: bool | None = None
     num_sampling_groups: int = 4
     num_sampling_points: int = 32
     num_mixing_points: int = 128
@@ -235,6 +240,7 @@ class DrmmConfig(PreTrainedConfig):
         defaults = {
             "neck_type": {"sparse_rcnn": "fpn", "adamixer": "channel_mapping"}.get(self.decoder_type),
             "num_box_layers": {"sparse_rcnn": 3, "adamixer": 1}.get(self.decoder_type),
+            "overlap_attention": self.decoder_type == "adamixer",
             "criterion": {"mixture": "nll_mcm", "box": "focal_l1_giou"}.get(self.head_type),
         }
         for name, value in defaults.items():
@@ -326,6 +332,12 @@ class DrmmConfig(PreTrainedConfig):
                 f"be [rows, columns] whose product is num_queries={self.num_queries}",
             )
         if self.decoder_type == "adamixer":
+            _require(
+                self.overlap_attention,
+                "overlap_attention",
+                self.overlap_attention,
+                'be True with decoder_type="adamixer"',
+            )
             _require(
                 self.hidden_size % 8 == 0 and self.hidden_size % self.num_sampling_groups == 0,
                 "hidden_size",

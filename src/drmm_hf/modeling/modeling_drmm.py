@@ -21,7 +21,7 @@ from .mixture import MixtureParameters, floor_scales, log_confidence, log_odds
 from .necks import NECKS, ChannelMapping
 from .queries import DrmmQueries, initial_query_boxes
 from .query_layers import DrmmSelfAttention, FeedForward
-from .sparse_rcnn_stage import DynamicConv
+from .sparse_rcnn_stage import DynamicConv, SparseRcnnStage
 
 
 @dataclass
@@ -136,6 +136,9 @@ class DrmmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AdaptiveMixing):
             self._init_linears(module)
             init.zeros_(module.generator.weight)
+        elif isinstance(module, SparseRcnnStage):
+            if module.iof_scale is not None:
+                init.uniform_(module.iof_scale, 0, 4)
         elif isinstance(module, AdaMixerStage):
             init.uniform_(module.iof_scale, 0, 4)
             init.zeros_(module.sampling_offset.weight)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -57,6 +58,38 @@ class DrmmSelfAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
         )
         return self.out_proj(attended.flatten(2)), weights
+
+
+def log_overlap(boxes: Tensor) -> Tensor:
+    """Return log(IoF + 1e-7): how much of box i lies in box j.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., K, 4)`): xyxy, pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(..., K, K)`: IoF_ij is the intersection over the area of box i, at least 1e-6.
+    """
+    left, top, right, bottom = boxes.unbind(-1)
+
+    def common(start: Tensor, end: Tensor) -> Tensor:
+        start = torch.maximum(start[..., :, None], start[..., None, :])
+        return (torch.minimum(end[..., :, None], end[..., None, :]) - start).clamp(min=0)
+
+    area = ((right - left) * (bottom - top)).clamp(min=1e-6)
+    return (common(left, right) * common(top, bottom) / area[..., None] + 1e-7).log()
+
+
+def overlap_bias(boxes: Tensor, scales: Tensor) -> Tensor:
+    """Return what AdaMixer adds to the attention between queries: scale * log(IoF + 1e-7) in each head.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(B, K, 4)`): xyxy, pixels.
+        scales (`torch.Tensor` of shape `(heads,)`): learnt.
+
+    Returns:
+        `torch.Tensor` of shape `(B, heads, K, K)`.
+    """
+    return scales[:, None, None] * log_overlap(boxes)[:, None].to(scales.dtype)
 
 
 class FeedForward(nn.Sequential):

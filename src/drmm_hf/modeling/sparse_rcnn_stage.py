@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import STRIDES
-from .query_layers import DrmmSelfAttention, FeedForward
+from .query_layers import DrmmSelfAttention, FeedForward, overlap_bias
 from .roi_pooling import pool_regions
 
 
@@ -60,6 +60,7 @@ class SparseRcnnStage(nn.Module):
         self.roi_size = config.roi_size
         self.roi_sampling_ratio = config.roi_sampling_ratio
         self.roi_level_base = config.roi_level_base
+        self.iof_scale = nn.Parameter(torch.empty(config.num_attention_heads)) if config.overlap_attention else None
         self.attention = DrmmSelfAttention(config)
         self.attention_norm = nn.LayerNorm(width)
         self.dynamic_conv = DynamicConv(config)
@@ -82,6 +83,7 @@ class SparseRcnnStage(nn.Module):
         """
         with torch.autocast(boxes.device.type, enabled=False):
             regions = pool_regions(maps, boxes, STRIDES, self.roi_size, self.roi_sampling_ratio, self.roi_level_base)
-        features = self.attention_norm(features + self.dropout(self.attention(features)[0]))
+        bias = overlap_bias(boxes.detach(), self.iof_scale) if self.iof_scale is not None else None
+        features = self.attention_norm(features + self.dropout(self.attention(features, bias)[0]))
         features = self.dynamic_norm(features + self.dropout(self.dynamic_conv(features, regions)))
         return self.feed_forward_norm(features + self.dropout(self.feed_forward(features)))
