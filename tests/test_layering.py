@@ -67,10 +67,25 @@ def test_modeling_is_flat_and_imports_only_what_the_hub_has(name):
         if isinstance(node, ast.ImportFrom) and node.level:
             where = f"{name}:{node.lineno}"
             assert node.level == 1 and node.module in siblings, f"{where}: only `from .sibling import name`"
+    guarded = guarded_lines(SOURCE / name)
     for line, imported in imports(SOURCE / name):
         allowed = any(f"{imported}.".startswith(f"{module}.") for module in MODELING_MAY_IMPORT)
         own = imported.startswith("drmm_hf.modeling.")
-        assert allowed or own or imported.split(".")[0] in sys.stdlib_module_names, f"{name}:{line}: {imported}"
+        package = imported.split(".")[0]
+        assert allowed or own or package in sys.stdlib_module_names | guarded.get(line, set()), (
+            f"{name}:{line}: {imported}"
+        )
+
+
+def guarded_lines(path: Path) -> dict[int, set[str]]:
+    """Return the packages that each line may import because it stands under `if is_PACKAGE_available():`."""
+    lines = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Call) and isinstance(node.test.func, ast.Name):
+            package = node.test.func.id.removeprefix("is_").removesuffix("_available")
+            for line in range(node.body[0].lineno, node.body[-1].end_lineno + 1):
+                lines.setdefault(line, set()).add(package)
+    return lines
 
 
 def test_modeling_has_no_folders():

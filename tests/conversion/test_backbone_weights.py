@@ -1,9 +1,17 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import ResNetConfig, TimmBackboneConfig
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    ResNetConfig,
+    SwinConfig,
+    SwinForImageClassification,
+    TimmBackboneConfig,
+    ViTImageProcessor,
+)
 
-from conftest import tiny_config
+from conftest import STAGES, tiny_config
 from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.conversion.backbone_weights import load_backbone_weights
 
@@ -104,3 +112,29 @@ def test_a_timm_backbone_gives_its_own_normalisation_to_the_processor(tmp_path):
     model.save_pretrained(tmp_path / "model")
     again = DrmmForObjectDetection.from_pretrained(tmp_path / "model").model.backbone.network._backbone.state_dict()
     assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+SWIN = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "image_size": 64}
+CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize("family", ["swin", "convnext"])
+def test_classifiers_of_transformers_fit_but_for_the_norms_of_the_maps(family, tmp_path):
+    if family == "swin":
+        classifier, config = SwinForImageClassification(SwinConfig(**SWIN)), SwinConfig(**SWIN, out_features=STAGES)
+    else:
+        classifier = ConvNextModel(ConvNextConfig(**CONVNEXT))
+        config = ConvNextConfig(**CONVNEXT, out_features=STAGES)
+    classifier.load_state_dict(trained(classifier))
+    classifier.save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    model, processor = DrmmForObjectDetection(tiny_config(backbone_config=config)), DrmmImageProcessor()
+    report = load_backbone_weights(model, str(tmp_path), processor)
+    network = model.model.backbone.network.state_dict()
+    assert sorted(report.loaded + report.new) == sorted(network)
+    assert report.left_over == ([] if family == "swin" else ["layernorm.bias", "layernorm.weight"])
+    assert report.new == [name for name in sorted(network) if name.startswith("hidden_states_norms.")]
+    assert len(report.new) == 8 and "8 norms of maps are new" in str(report)
+    for name, value in classifier.base_model.state_dict().items():
+        assert name in report.left_over or torch.equal(network[f"swin.{name}" if family == "swin" else name], value)
+    assert processor.image_mean == [0.1, 0.2, 0.3]

@@ -169,3 +169,9 @@ def test_every_field_is_documented():
     own = [name for name in DrmmConfig.__annotations__ if name not in ("backbone_config",)]
     undocumented = [name for name in own if f"{name} (`" not in DrmmConfig.__doc__]
     assert len(own) > 30 and not undocumented
+
+
+@pytest.mark.parametrize(("last_stage", "left"), [(False, 336), (True, 235)], ids=["paper", "public code"])
+def test_2000_queries_at_ratio_0_7_end_as_the_paper_and_the_public_code_count_them(last_stage, left):
+    config = DrmmConfig(num_queries=2000, proposal_grid=[40, 50], top_k_ratio=0.7, top_k_last_stage=last_stage)
+    assert config.queries_per_stage == [1400, 980, 686, 480, 336, left]

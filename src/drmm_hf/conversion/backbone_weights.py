@@ -14,13 +14,18 @@ from .public_names import RESNET_NAMES, convert_state_dict
 
 logger = logging.getLogger(__name__)
 
+# Norms of the four maps, which transformers' Swin and ConvNeXt backbones add to a network trained to classify. They
+# start with weight 1 and bias 0.
+NEW_NORMS = "hidden_states_norms."
+
 
 class BackboneReport(NamedTuple):
     """What `load_backbone_weights` did.
 
     Attributes:
         source (`str`): the file or id.
-        loaded (`list[str]`): names of the backbone's tensors that were set: all of them.
+        loaded (`list[str]`): names of the backbone's tensors that were set: all of them but `new`.
+        new (`list[str]`): norms of the maps that the source, trained to classify, does not have; left as they were.
         left_over (`list[str]`): names in the source that the backbone does not have, such as a classifier's.
         mean (`list[float]` or `None`): the backbone's own pixel mean on 0..1 values, where the source tells.
         std (`list[float]` or `None`): likewise the standard deviation.
@@ -28,6 +33,7 @@ class BackboneReport(NamedTuple):
 
     source: str
     loaded: list[str]
+    new: list[str]
     left_over: list[str]
     mean: list[float] | None
     std: list[float] | None
@@ -35,7 +41,8 @@ class BackboneReport(NamedTuple):
     def __str__(self):
         normalization = "not told" if self.mean is None else f"mean {self.mean}, std {self.std}"
         return (
-            f"backbone weights from {self.source}: {len(self.loaded)} tensors loaded, {len(self.left_over)} left over"
+            f"backbone weights from {self.source}: {len(self.loaded)} tensors loaded, "
+            f"{f'{len(self.new)} norms of maps are new, ' if self.new else ''}{len(self.left_over)} left over"
             f"{' (' + ', '.join(self.left_over[:6]) + ')' if self.left_over else ''}; pixel {normalization}"
         )
 
@@ -72,8 +79,10 @@ def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) 
         raise ValueError(f"{source}: {len(wrong)} tensors have a wrong shape, {wrong[0]!r} {shapes}.")
     _check_statistics(matched, network, source)
     network.load_state_dict(matched, strict=False)
-    left_over = sorted(set(weights) - set(matched))
-    report = BackboneReport(str(source), sorted(matched), left_over, mean, std)
+    used = {id(value) for value in matched.values()}  # under whatever name
+    left_over = sorted(name for name, value in weights.items() if id(value) not in used)
+    new = sorted(name for name in own if name.startswith(NEW_NORMS) and name not in matched)
+    report = BackboneReport(str(source), sorted(matched), new, left_over, mean, std)
     if processor is not None and mean is not None:
         processor.image_mean, processor.image_std = list(mean), list(std)
     logger.info(str(report))
@@ -114,11 +123,17 @@ def _match(weights: dict[str, Tensor], own: dict[str, Tensor], source) -> dict[s
     """Pick the tensors of the backbone out of `weights`, by equal names or by those of torchvision's ResNets."""
     prefixes = {"", "backbone.", "model."} | {f"{name.split('.')[0]}." for name in weights}
     candidates = [{k.removeprefix(p): v for k, v in weights.items() if k.startswith(p)} for p in sorted(prefixes)]
+    # transformers' Swin backbone holds the whole network under one more name, "swin."
+    candidates += [{f"{first}.{k}": v for k, v in weights.items()} for first in {name.split(".")[0] for name in own}]
     if "conv1.weight" in weights:
         resnet = {name: value for name, value in weights.items() if not name.startswith("fc.")}
         candidates.append(convert_state_dict(resnet, RESNET_NAMES))
     matched = max(({k: v for k, v in names.items() if k in own} for names in candidates), key=len)
-    missing = [name for name in own if name not in matched and not name.endswith("num_batches_tracked")]
+    missing = [
+        name
+        for name in own
+        if name not in matched and not name.endswith("num_batches_tracked") and not name.startswith(NEW_NORMS)
+    ]
     if missing:
         raise ValueError(
             f"{source}: {len(missing)} of the backbone's {len(own)} tensors have no weights, the first "

@@ -403,7 +403,7 @@ class DrmmConfig(PreTrainedConfig):
         counts, count = [], self.num_queries
         for stage in range(self.num_stages):
             if self.top_k_ratio is not None and (stage < self.num_stages - 1 or self.top_k_last_stage):
-                count = int(count * self.top_k_ratio)
+                count = int(count * self.top_k_ratio + 1e-6)  # 1400 * 0.7 is 979.9999999999999
             counts.append(count)
         return counts
 
