@@ -759,11 +759,21 @@ def test_generalized_iou_equals_torchvision_on_proper_boxes(seed, dtype):
     torch.testing.assert_close(generalized_iou(boxes, boxes), torch.ones(6, dtype=dtype))
 
 
-@pytest.mark.parametrize("box", [(3.0, 4, 1, 9), (3, 9, 1, 4), (2, 2, 2, 2), (0, 0, 1e-5, 1e-5)], ids=str)
-def test_generalized_iou_of_inverted_and_empty_boxes(box):
-    other = (1.0, 3.0, 6.0, 8.0)
+@pytest.mark.parametrize(
+    ("box", "other"),
+    [
+        ((3.0, 4, 1, 9), (1.0, 3, 6, 8)),
+        ((3.0, 9, 1, 4), (1.0, 3, 6, 8)),
+        ((40.0, 0, -40, 20), (1.0, 3, 6, 8)),  # its area outweighs the other's: a negative union
+        ((2.0, 2, 2, 2), (1.0, 3, 6, 8)),
+        ((2.0, 2, 2, 2), (2.0, 2, 2, 2)),
+        ((2.0, 2, 2.0002, 2.0002), (2.0001, 2.0001, 2.0004, 2.0004)),  # union and hull below the floor
+    ],
+    ids=str,
+)
+def test_generalized_iou_of_inverted_and_empty_boxes(box, other):
     ours = generalized_iou(torch.tensor(box, dtype=torch.float64), torch.tensor(other, dtype=torch.float64))
-    assert ours.item() == pytest.approx(generalized_iou_as_written(box, other), rel=1e-12)
+    assert ours.item() == pytest.approx(generalized_iou_as_written(box, other), rel=1e-6)
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2), (0.7, 1.5), (0, 1), (1, 0)])

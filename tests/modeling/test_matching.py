@@ -49,6 +49,11 @@ def test_takes_as_many_valid_pairs_as_possible_at_the_least_cost(num_truths, num
         assert len(pairs) == most and total == pytest.approx(least)
 
 
+def test_two_dear_pairs_come_before_a_cheap_one():
+    cost = torch.tensor([[[[0.0, 100.0], [100.0, 0.0]]]])
+    assert match(cost, torch.tensor([[True, True], [True, False]])).tolist() == [[[1, 0]]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("num_truths", "num_predictions"), [(4, 9), (9, 4), (5, 5)])
 def test_every_stage_and_picture_is_scipys(num_truths, num_predictions, dtype):
