@@ -20,6 +20,10 @@ def test_coco_brings_its_category_ids(given):
     assert fields["category_ids"][11:13] == [13, 14]
 
 
+def test_eighty_other_classes_have_no_category_ids():
+    assert class_fields([f"class {index}" for index in range(80)], 80).keys() == {"id2label"}
+
+
 def test_files_of_names(tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\n hot dog \n")
     assert class_fields(tmp_path / "names.txt", 2) == {"id2label": {0: "cat", 1: "hot dog"}}

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_a_checkpoint_of_the_mmdetection_family_becomes_the_same_detector(kind, 
     sizes = ["num_sampling_groups", "num_mixing_points"] if kind[0] == "adamixer" else ["dynamic_size", "roi_size"]
     for name in ("decoder_type", "head_type", "criterion", "num_queries", "freeze_backbone_stages", *sizes):
         assert getattr(model.config, name) == getattr(detector.config, name)
+    assert model.config.max_log_size_delta == pytest.approx(math.log(1000 / 16))
     assert model.config.id2label == dict(enumerate(CLASSES)) and model.config.category_ids is None
 
     assert report.mapped.keys() | report.dropped.keys() == public.keys() | {"optimizer"}
@@ -94,9 +96,8 @@ def test_safetensors_and_a_wrapper_s_prefix(tmp_path):
 
 def test_the_training_configuration_in_the_file_is_heard(tmp_path):
     detector = tiny_detector("sparse_rcnn", "mixture", top_k_ratio=0.7, min_scale_ratio=0.1)
-    text = (
-        "model = dict(head=[dict(num_heads=2, top_k_ratio=0.7, min_sc_ratio=0.1)], backbone=dict(style='pytorch'))\n"
-    )
+    text = "backbone = dict(style='pytorch', num_heads=[3, 6])\n"
+    text += "head = [dict(num_heads=2, top_k_ratio=0.7, min_sc_ratio=0.1)]\n"
     text += "img_norm_cfg = dict(mean=[127.5, 127.5, 102.0], std=[51.0, 51.0, 51.0], to_rgb=True)"
     content = {"state_dict": mmdetection_weights(detector), "meta": {"config": text}}
     model, report = converted(content, tmp_path, fields=None)
@@ -104,11 +105,18 @@ def test_the_training_configuration_in_the_file_is_heard(tmp_path):
     check_same(model, detector)
     processor = DrmmImageProcessor.from_pretrained(tmp_path / "out")
     assert list(processor.image_mean) == [0.5, 0.5, 0.4] and list(processor.image_std) == [0.2, 0.2, 0.2]
-    for setting in ("style='caffe'", "to_rgb=False"):
+    for setting in ("style='caffe'", "to_rgb=False", "bgr_to_rgb=False"):
         content["meta"]["config"] = f"model = dict({setting})"
         torch.save(content, tmp_path / "refused.pth")
         with pytest.raises(ValueError, match=f"trained with {setting}"):
             convert_checkpoint(tmp_path / "refused.pth", tmp_path / "refused")
+
+
+def test_given_names_of_classes_go_before_those_in_the_file(tmp_path):
+    (tmp_path / "names.txt").write_text("eins\nzwei\ndrei\n")
+    content = {"state_dict": mmdetection_weights(tiny_detector("sparse_rcnn", "box")), "meta": {"CLASSES": CLASSES}}
+    model, report = converted(content, tmp_path, labels=tmp_path / "names.txt")
+    assert list(model.config.id2label.values()) == ["eins", "zwei", "drei"] and report.class_names == "option"
 
 
 def test_what_nothing_tells_is_assumed_and_said(tmp_path):
@@ -133,6 +141,10 @@ def shorter(weights, part):
         (lambda w: w | {"roi_head.mask_head.weight": torch.ones(1)}, "1 names fit no pattern: 'roi_head.mask_head"),
         (lambda w: w | {"ema_other": torch.ones(1)}, "fit no pattern: 'ema_other'"),
         (
+            lambda w: w | {"roi_head.bbox_head.0.cls_fcs.0.bias": torch.ones(32)},
+            "1 tensors are left over, the first 'decoder.layers.0.head.class_branch.0.bias'",
+        ),
+        (
             lambda w: without(w, "stages.1.blocks.0.norm2.bias"),
             "1 tensors are missing, the first .*layernorm_after.bias",
         ),
@@ -146,7 +158,7 @@ def shorter(weights, part):
         ),
         (lambda w: w | {"backbone.norm9.weight": torch.ones(1)}, "fit no pattern: 'backbone.norm9.weight'"),
     ],
-    ids=["extra", "stray average", "missing", "shape", "other positions", "other backbone"],
+    ids=["extra", "stray average", "left over", "missing", "shape", "other positions", "other backbone"],
 )
 def test_anything_unexplained_is_an_error_and_writes_nothing(damage, words, tmp_path):
     weights = mmdetection_weights(tiny_detector("sparse_rcnn", "box", backbone_config=tiny_swin()))
