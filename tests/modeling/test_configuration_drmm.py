@@ -51,6 +51,26 @@ def test_defaults_are_the_papers_300_query_detector():
     assert config.backbone_config.out_features == STAGES
 
 
+def test_fields_that_replace_stored_ones_are_checked_with_them():
+    stored = tiny_config(hidden_size=32).to_dict()
+    config = DrmmConfig.from_dict(stored, decoder_type="adamixer")
+    assert (config.neck_type, config.num_box_layers, config.overlap_attention) == ("channel_mapping", 1, True)
+    back = DrmmConfig.from_dict(config.to_dict(), decoder_type="sparse_rcnn", num_box_layers=2)
+    assert (back.neck_type, back.num_box_layers, back.overlap_attention) == ("fpn", 2, False)
+    assert DrmmConfig.from_dict(stored, head_type="box").criterion == "focal_l1_giou"
+    assert DrmmConfig.from_dict(stored, decoder_type="sparse_rcnn").to_dict() == DrmmConfig.from_dict(stored).to_dict()
+    assert DrmmConfig.from_dict(stored, top_k_ratio=0.5).top_k_ratio == 0.5
+    for wrong in ({"top_k_ratio": 5.0}, {"num_ground_truth_copies": 3}, {"mcm_stop_gradient": ["Q"]}):
+        with pytest.raises(StrictDataclassError, match=next(iter(wrong))):
+            DrmmConfig.from_dict(stored, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"mcm_weight": math.inf}, {"likelihood_epsilon": 1e-44}, {"bbox_cost": math.nan}])
+def test_numbers_that_cannot_be_computed_with_are_refused(wrong):
+    with pytest.raises(StrictDataclassError, match=next(iter(wrong))):
+        tiny_config(**wrong)
+
+
 @pytest.mark.parametrize("name", sorted(NUMBERS))
 def test_numeric_fields_take_ints_and_floats(name):
     value = 0 if "dropout" in name else 1
@@ -78,7 +98,7 @@ def test_numeric_fields_take_ints_and_floats(name):
         ({"proposal_size": 0}, "proposal_size=0 must be positive"),
         ({"student_t_freedom": -1.0}, "student_t_freedom=-1.0 must be positive"),
         ({"mcm_weight": -0.1}, "mcm_weight=-0.1 must not be negative"),
-        ({"likelihood_epsilon": math.nan}, "likelihood_epsilon=nan must not be negative"),
+        ({"likelihood_epsilon": math.nan}, "likelihood_epsilon=nan must be finite"),
         ({"dropout": 1}, r"dropout=1 must lie in \[0, 1\)"),
         ({"freeze_backbone_stages": 5}, "freeze_backbone_stages=5 must be 0..4"),
         ({"proposal_grid": [3, 5]}, r"proposal_grid=\[3, 5\] must be .* product is num_queries=12"),

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from drmm_hf import DrmmForObjectDetection
 from drmm_hf.data.coco import categories, save_coco
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
@@ -63,9 +64,20 @@ def test_a_few_steps_lower_the_loss_on_one_batch(parts):
     assert losses[-1] < 0.98 * losses[0]
 
 
+@pytest.fixture
+def box_parts(parts):
+    """The same with the baseline's head, and groups, copies and fewer queries than ground truths."""
+    options = {"head_type": "box", "box_delta_unit": "pixels", "num_query_groups": 2, "num_ground_truth_copies": 3}
+    torch.manual_seed(0)
+    config = type(parts[0].config).from_dict(parts[0].config.to_dict(), **options)
+    return DrmmForObjectDetection(config).train(), *parts[1:]
+
+
+@pytest.mark.parametrize("criterion", ["nll_mcm", "focal_l1_giou"])
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 1, 1), (3, 1), (1, 3)])
-def test_accumulation_is_one_large_batch(parts, sizes):
-    model, _, batch = parts
+def test_accumulation_is_one_large_batch(request, criterion, sizes):
+    model, _, batch = request.getfixturevalue("parts" if criterion == "nll_mcm" else "box_parts")
+    assert model.config.criterion == criterion
     model = model.double()
     batch = {**batch, "pixel_values": batch["pixel_values"].double()}
 
@@ -81,6 +93,33 @@ def test_accumulation_is_one_large_batch(parts, sizes):
     ]
     whole = gradient([batch])
     torch.testing.assert_close(gradient(parts_of_batch), whole, rtol=0, atol=1e-9 * float(whole.abs().max()))
+
+
+def test_the_last_stage_is_the_one_shown(tmp_path, capsys):
+    terms = [{"loss": torch.tensor(1.0), **{f"giou.stage{s}": torch.tensor(float(s)) for s in range(11)}}]
+    log_of(tmp_path, terms, [[1]], [[1]])
+    shown = capsys.readouterr().out
+    assert "giou.stage10" in shown and "giou.stage9" not in shown
+
+
+def test_a_run_is_not_resumed_with_another_model(tiny_recipe, tmp_path):
+    train(tiny_recipe(output_dir=str(tmp_path / "run"), max_steps=1))
+    with pytest.raises(ValueError, match="holds a run of another model: dropout was .* and is 0.25"):
+        train(tiny_recipe(output_dir=str(tmp_path / "run"), max_steps=2, resume=True, dropout=0.25))
+
+
+def test_a_checkpoint_of_another_head_is_checked_as_a_whole(tiny_recipe, tmp_path, capsys):
+    recipe = tiny_recipe()
+    label_map = LabelMap.from_categories(categories(load_split(recipe.data, "train")[0]))
+    options = {"head_type": "box", "box_delta_unit": "pixels", "num_query_groups": 2}
+    for part in build_model(tiny_recipe(**options), label_map):
+        part.save_pretrained(tmp_path)
+    options["num_query_groups"] = 1
+    single, _ = build_model(tiny_recipe(init_from=str(tmp_path), **options), label_map)
+    assert single.config.head_type == "box" and single.config.criterion == "focal_l1_giou"
+    assert "starts afresh: model.queries.boxes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="num_query_groups=2 must be 1 unless head_type"):
+        build_model(tiny_recipe(init_from=str(tmp_path), head_type="mixture"), label_map)
 
 
 class Killed(BaseException):

@@ -253,12 +253,25 @@ class DrmmConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Build from stored fields; a new set of labels replaces all that was stored about the old one."""
+        """Build from stored fields and others that replace them, and check the whole.
+
+        A new set of labels replaces all that was stored about the old one; with another decoder or head, fields whose
+        default follows from it are determined anew unless they are given.
+        """
         num_stored = len(config_dict.get("id2label") or ())
         if "id2label" in kwargs or kwargs.get("num_labels", num_stored) != num_stored:
             names = ("num_labels", "id2label", "label2id", "category_ids")
             config_dict = {name: value for name, value in config_dict.items() if name not in names}
             config_dict |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        for name, dependents in (
+            ("decoder_type", ("neck_type", "num_box_layers", "overlap_attention")),
+            ("head_type", ("criterion",)),
+        ):
+            if kwargs.get(name, config_dict.get(name)) != config_dict.get(name):
+                config_dict = {key: value for key, value in config_dict.items() if key not in dependents}
+        # Set on the finished object, as the library does, they would never be checked.
+        own = {field.name for field in fields(cls)} & set(cls.__annotations__) - {"backbone_config"}
+        config_dict = config_dict | {name: kwargs.pop(name) for name in own & kwargs.keys()}
         return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):
@@ -286,6 +299,16 @@ class DrmmConfig(PreTrainedConfig):
             "num_query_groups",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and field.name in type(self).__annotations__:
+                _require(math.isfinite(value), field.name, value, "be finite")
+        _require(
+            self.likelihood_epsilon == 0 or self.likelihood_epsilon >= 1e-37,
+            "likelihood_epsilon",
+            self.likelihood_epsilon,
+            "be 0 or at least 1e-37, which float32 can hold",
+        )
         for name in (
             "proposal_size",
             "roi_level_base",

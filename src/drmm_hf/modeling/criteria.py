@@ -59,7 +59,7 @@ def check_labels(labels: Sequence[Mapping[str, Tensor]], num_labels: int):
         num_labels (`int`): number C of classes.
 
     Raises:
-        ValueError: if a class is not an integer in [0, C) or a box is not finite.
+        ValueError: if a class is not an integer in [0, C), or a box is not finite or has a negative side.
     """
     for index, label in enumerate(labels):
         boxes, classes = label["boxes"], label["class_labels"]
@@ -74,6 +74,8 @@ def check_labels(labels: Sequence[Mapping[str, Tensor]], num_labels: int):
             )
         if boxes.is_cpu and not boxes.isfinite().all():
             raise ValueError(f"labels[{index}] has boxes {boxes.tolist()}; they must be finite.")
+        if boxes.is_cpu and boxes.shape[-1] == 4 and (boxes[..., 2:] < 0).any():
+            raise ValueError(f"labels[{index}] has boxes {boxes.tolist()}; widths and heights must not be negative.")
 
 
 def pad_targets(labels: Sequence[Mapping[str, Tensor]], image_sizes: Tensor, dtype: torch.dtype) -> Targets:
@@ -496,7 +498,8 @@ def reduce_terms(terms: Mapping[str, Tensor], targets: Targets, config) -> tuple
     this. Stages are summed.
 
     Args:
-        terms (`Mapping[str, torch.Tensor]`): by name, of shape `(S, B, ...)`, without weights.
+        terms (`Mapping[str, torch.Tensor]`): by name, of shape `(S, B, ...)`, without weights. The names of the
+            criteria here have their weights and divisors; one of another name weighs 1 and is divided by B.
         targets (`Targets`): ground truths that the criterion was given.
         config (`DrmmConfig`): reads `loss_weight`, the fields of `TERM_WEIGHTS` and, with a "class" term,
             `num_ground_truth_copies`.
@@ -526,5 +529,5 @@ def _count_matched(class_term: Tensor, targets: Targets, config) -> Tensor:
     count = per_image.sum().to(class_term.dtype)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
+        return count.clamp(min=1) / torch.distributed.get_world_size()
     return count.clamp(min=1)

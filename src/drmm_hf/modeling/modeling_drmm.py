@@ -189,6 +189,8 @@ class DrmmModel(DrmmPreTrainedModel):
         Returns:
             `DrmmModelOutput`: features, the predictions of every stage and the sizes of the unpadded pictures.
         """
+        if not len(pixel_values):
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; it must hold a picture.")
         maps = self.neck(self.backbone(pixel_values))
         if pixel_mask is None:
             image_sizes = torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device)

@@ -17,6 +17,7 @@ import datasets
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from ..evaluation.predict import predict
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
-from .arguments import DataArguments, Recipe, TrainingArguments
+from .arguments import DataArguments, Recipe, TrainingArguments, load_recipe
 from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, save_model
 from .ema import averaged_model
 from .optimizer import build_optimizer, schedule_factor, set_learning_rate
@@ -63,6 +64,16 @@ def train(recipe: Recipe) -> dict[str, Any]:
         raise ValueError(
             f"output_dir {str(output_dir)!r} holds a run: continue it with --resume or name another folder"
         )
+    if checkpoint is not None and (output_dir / "recipe.yaml").is_file():
+        stored = load_recipe(output_dir / "recipe.yaml").model
+        changed = sorted(
+            name for name in stored.keys() | recipe.model.keys() if stored.get(name) != recipe.model.get(name)
+        )
+        if changed:
+            raise ValueError(
+                f"output_dir {str(output_dir)!r} holds a run of another model: {changed[0]} was "
+                f"{stored.get(changed[0])!r} and is {recipe.model.get(changed[0])!r}; name another folder"
+            )
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
         log_with=training.trackers or None,
@@ -249,6 +260,9 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
 
     Returns:
         `tuple`: Model in float32, and processor.
+
+    Raises:
+        ValueError: If the fields do not fit together, or the checkpoint's.
     """
     training = recipe.training
     size = {"shortest_edge": recipe.data.shortest_edge, "longest_edge": recipe.data.longest_edge}
@@ -261,9 +275,19 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
         model = DrmmForObjectDetection(DrmmConfig(**recipe.model, **classes))
         processor = DrmmImageProcessor(size=size)
     else:
-        model = DrmmForObjectDetection.from_pretrained(
-            training.init_from, dtype=torch.float32, ignore_mismatched_sizes=True, **recipe.model, **classes
-        )
+        try:
+            model, loaded = DrmmForObjectDetection.from_pretrained(
+                training.init_from,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **recipe.model,
+                **classes,
+            )
+        except StrictDataclassError as error:
+            raise ValueError(f"model, with what {training.init_from!r} has: {error}") from error
+        for name, stored, wanted in sorted(loaded["mismatched_keys"]):
+            print(f"starts afresh: {name}, {tuple(stored)} in {training.init_from} and {tuple(wanted)} here")
         processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size)
     if training.backbone_weights is not None:
         from ..conversion.backbone_weights import load_backbone_weights
@@ -323,12 +347,39 @@ def groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
+def loss_shares(
+    accelerator: Accelerator, config: DrmmConfig, batches: list[Mapping[str, Any]]
+) -> tuple[list[float], int]:
+    """Weigh the batches of one optimiser step so that they add up to the loss of all its pictures at once.
+
+    Args:
+        accelerator (`Accelerator`): Sums over processes.
+        config (`DrmmConfig`): Of the model; `focal_l1_giou` is a mean over matched predictions, others over pictures.
+        batches (`list[Mapping]`): Each with `labels`, a list with an entry a picture.
+
+    Returns:
+        `tuple[list[float], int]`: Factor of each batch's loss, and the number of pictures in all processes.
+    """
+    images = [len(batch["labels"]) for batch in batches]
+    copies, most = config.num_ground_truth_copies, config.num_queries
+    matches = [
+        config.num_query_groups * sum(min(len(label["boxes"]) * copies, most) for label in batch["labels"])
+        for batch in batches
+    ]
+    counts = torch.tensor([*matches, sum(images)], device=accelerator.device)
+    *all_matches, all_images = (accelerator.reduce(counts) if accelerator.num_processes > 1 else counts).tolist()
+    if config.criterion == "focal_l1_giou":
+        return [max(count, 1) / max(sum(all_matches), 1) for count in all_matches], all_images
+    return [count * accelerator.num_processes / all_images for count in images], all_images
+
+
 def accumulate_gradients(
     accelerator: Accelerator, model: nn.Module, batches: list[Mapping[str, Any]], channels_last: bool = False
 ) -> tuple[list[dict[str, Tensor]], int]:
     """Add up the gradients of one optimiser step: of the mean loss over all its pictures, in all processes.
 
-    Batches weigh as many pictures as they hold, so that 1 x 8, 4 x 2 and two processes with 2 x 2 are the same step.
+    Batches weigh as many pictures as they hold (with `focal_l1_giou`, as many matched predictions as they will have),
+    so that 1 x 8, 4 x 2 and two processes with 2 x 2 are the same step.
 
     Args:
         accelerator (`Accelerator`): Runs the backward pass.
@@ -340,8 +391,7 @@ def accumulate_gradients(
         `tuple[list[dict[str, Tensor]], int]`: For each batch of this process the detached `loss` and `loss_dict`, and
         the number of pictures in all processes.
     """
-    images = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=accelerator.device)
-    images = int(accelerator.reduce(images, "sum")) if accelerator.num_processes > 1 else int(images)
+    shares, images = loss_shares(accelerator, accelerator.unwrap_model(model).config, batches)
     terms = []
     for position, batch in enumerate(batches):
         pixel_values = batch["pixel_values"]
@@ -350,8 +400,7 @@ def accumulate_gradients(
         last = position == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             outputs = model(pixel_values, batch["pixel_mask"], batch["labels"], output_auxiliary=False)
-            share = len(batch["labels"]) * accelerator.num_processes / images
-            accelerator.backward(outputs.loss * share)
+            accelerator.backward(outputs.loss * shares[position])
         terms.append({"loss": outputs.loss.detach(), **outputs.loss_dict})
     return terms, images
 
@@ -511,7 +560,8 @@ class Log:
         if device.type == "cuda":
             values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         shown = {name: value for name, value in values.items() if ".stage" not in name}
-        last_stage = [name for name in values if ".stage" in name][-3:]
+        last = max((int(name.rpartition(".stage")[2]) for name in values if ".stage" in name), default=0)
+        last_stage = [name for name in values if name.endswith(f".stage{last}")]
         self._write(values, {**shown, **{name: values[name] for name in last_stage}})
         self._start_window()
 
