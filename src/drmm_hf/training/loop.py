@@ -288,11 +288,17 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
             raise ValueError(f"model, with what {training.init_from!r} has: {error}") from error
         for name, stored, wanted in sorted(loaded["mismatched_keys"]):
             print(f"starts afresh: {name}, {tuple(stored)} in {training.init_from} and {tuple(wanted)} here")
+        if loaded["missing_keys"]:
+            missing = sorted(loaded["missing_keys"])
+            print(f"starts afresh: {len(missing)} tensors that {training.init_from} does not have, as {missing[0]}")
         processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size)
     if training.backbone_weights is not None:
         from ..conversion.backbone_weights import load_backbone_weights
 
         print(load_backbone_weights(model, training.backbone_weights, processor))
+    elif training.init_from is None:
+        frozen = model.config.freeze_backbone_stages
+        print(f"the backbone starts from random weights{f', {frozen} stages of it frozen' if frozen else ''}")
     return model, processor
 
 
