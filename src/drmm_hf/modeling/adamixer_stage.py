@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .backbone import STRIDES
 from .boxes import xyxy_to_xyzr
-from .query_layers import DrmmSelfAttention, FeedForward, overlap_bias
+from .query_layers import DrmmSelfAttention, FeedForward, linear_in, overlap_bias
 from .roi_pooling import image_of_row
 
 
@@ -176,11 +176,7 @@ class AdaMixerStage(nn.Module):
         bias = overlap_bias(boxes, self.iof_scale)
         features = self.attention_norm(placed + self.dropout(self.attention(placed, bias)[0]))
         with torch.autocast(boxes.device.type, enabled=False):
-            offsets = F.linear(
-                features.to(boxes.dtype),
-                self.sampling_offset.weight.to(boxes.dtype),
-                self.sampling_offset.bias.to(boxes.dtype),
-            )
+            offsets = linear_in(self.sampling_offset, features, boxes.dtype)
             points = sample_points(xyzr, offsets.unflatten(-1, (-1, 3)))
             samples = sample_maps(maps, points.unflatten(-2, (self.groups, self.points)), STRIDES)
         features = self.mixing_norm(features + self.dropout(self.mixing(features, samples)))

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from .boxes import BoxPredictions, move_cxcywh, move_xyzr, side_lengths
 from .mixture import MixtureParameters, log_mixing_coefficients
+from .query_layers import linear_in
 
 
 class PredictionBranches(nn.Module):
@@ -57,12 +58,12 @@ class BoxHead(PredictionBranches):
         """
         class_features, box_features = self.class_branch(features), self.box_branch(features)
         with torch.autocast(features.device.type, enabled=False):
-            delta = _linear(self.box_delta, box_features, boxes.dtype)
+            delta = linear_in(self.box_delta, box_features, boxes.dtype)
             if self.decoder_type == "adamixer":
                 moved = move_xyzr(boxes, delta)
             else:
                 moved = move_cxcywh(boxes, delta, self.max_log_size_delta)
-            return BoxPredictions(moved, _linear(self.classifier, class_features, boxes.dtype))
+            return BoxPredictions(moved, linear_in(self.classifier, class_features, boxes.dtype))
 
 
 class MixtureHead(PredictionBranches):
@@ -102,9 +103,9 @@ class MixtureHead(PredictionBranches):
         """
         class_features, box_features = self.class_branch(features), self.box_branch(features)
         with torch.autocast(features.device.type, enabled=False):
-            raw_scale = _linear(self.box_scale, box_features, boxes.dtype)
-            delta = _linear(self.box_delta, box_features, boxes.dtype)
-            objectness_logits = _linear(self.objectness, class_features, boxes.dtype).squeeze(-1)
+            raw_scale = linear_in(self.box_scale, box_features, boxes.dtype)
+            delta = linear_in(self.box_delta, box_features, boxes.dtype)
+            objectness_logits = linear_in(self.objectness, class_features, boxes.dtype).squeeze(-1)
             scales = F.softplus(raw_scale)
             if self.box_delta_unit == "box":
                 sides = side_lengths(boxes).detach().abs().clamp(min=1)
@@ -118,15 +119,10 @@ class MixtureHead(PredictionBranches):
             return MixtureParameters(
                 boxes=locations,
                 scales=scales,
-                class_logits=_linear(self.classifier, class_features, boxes.dtype),
+                class_logits=linear_in(self.classifier, class_features, boxes.dtype),
                 objectness_logits=objectness_logits,
                 log_mixing=log_mixing_coefficients(objectness_logits),
             )
-
-
-def _linear(layer: nn.Linear, features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a linear layer in `dtype`, whatever the type of its weights."""
-    return F.linear(features.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 HEADS = {"mixture": MixtureHead, "box": BoxHead}

@@ -1,4 +1,4 @@
-"""What the stages of both decoders share: self-attention among the queries and the feed-forward network."""
+"""What both decoders share: self-attention among the queries, its overlap bias, and the linear parts of a stage."""
 
 from collections.abc import Callable
 
@@ -90,6 +90,11 @@ def overlap_bias(boxes: Tensor, scales: Tensor) -> Tensor:
         `torch.Tensor` of shape `(B, heads, K, K)`.
     """
     return scales[:, None, None] * log_overlap(boxes)[:, None].to(scales.dtype)
+
+
+def linear_in(layer: nn.Linear, features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Apply a linear layer in `dtype`, whatever the type of its weights."""
+    return F.linear(features.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 class FeedForward(nn.Sequential):
