@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForObjectDetection
 
@@ -96,7 +96,6 @@ VALUES = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"]), 
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(NAMES, VALUES | st.none(), st.booleans()), unique_by=lambda entry: entry[0]))
 def test_fields_are_read_in_every_form(entries):
     arguments = []

@@ -52,7 +52,7 @@ def test_sizes_of_every_detector(detector):
     assert ("roi_size" in fields) == (config.decoder_type == "sparse_rcnn")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 9), st.integers(1, 9), st.sampled_from([32, 64]))
 def test_groups_and_points_of_adamixer_follow_from_shapes(groups, points_in, points_out, width):
     stage = "decoder.layers.0.stage."

@@ -50,7 +50,7 @@ def seeded(transform, seed, *inputs):
 scenes = st.tuples(st.integers(24, 90), st.integers(24, 90), st.sets(st.integers(0, 15), max_size=8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(PRESETS), scenes, st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
 def test_everything_travels_with_its_box(preset, scene, seed, horizontal, vertical):
     height, width, cells = scene
@@ -72,14 +72,14 @@ def test_everything_travels_with_its_box(preset, scene, seed, horizontal, vertic
     assert (boxes >= 0).all()
     assert (boxes[:, 2:] <= torch.tensor(image.shape[:-3:-1])).all()
     for (x, y), (w, h), number in zip((boxes[:, :2] + boxes[:, 2:]) / 2, sides, ids, strict=True):
-        if w > 4 and h > 4:  # beyond the reach of the resampling filter
+        if min(height, width) >= 48 and min(w, h) > 8:  # beyond the reach of two resampling filters in a row
             assert abs(int(image[0, int(y), int(x)]) - (60 + 12 * (int(number) - 1000))) <= 3
     if preset in ("none", "flip", "flip_multiscale"):
         assert len(ids) == len(cells)
 
 
 @given(scenes)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_flips_are_involutions(scene):
     height, width, cells = scene
     image, target = picture(height, width, sorted(cells))

@@ -235,7 +235,7 @@ finite = st.floats(-1000, 1000, allow_nan=False)
 areas = st.floats(0, 1000)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.lists(
@@ -460,7 +460,7 @@ def test_errors_of_datasets_sources(tmp_path):
         coco._from_datasets(splits, "train", "here", None, "xywh", "error")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32), st.sampled_from(sorted(TO)), st.integers(1, 60), st.sampled_from(["box", "mask", None]))
 def test_a_wrong_box_format_is_never_proven(seed, box_format, count, area_kind):
     rng = np.random.default_rng(seed)

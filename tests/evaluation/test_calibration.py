@@ -56,7 +56,7 @@ def oracle_error(pairs, num_bins, min_score=None):
     return error
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 10_000), top_k=st.sampled_from([1, 3, 8, 100]))
 def test_matching_and_error_agree_with_plain_python(scene, seed, top_k):
     truth, detections = scene(seed)

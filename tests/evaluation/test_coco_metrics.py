@@ -77,7 +77,7 @@ def test_wrong_classes_and_duplicates_lower_ap(scene):
     assert coco_metrics(truth, worse + duplicated)["AP"] < 0.95
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000))
 def test_ap50_of_each_class_agrees_with_an_independent_count(scene, seed):
     truth, detections = scene(seed, num_classes=1, crowds=False)

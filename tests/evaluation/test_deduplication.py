@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
@@ -61,7 +61,6 @@ def clusters_by_loops(result, threshold):
     return clusters
 
 
-@settings(deadline=None)
 @given(pictures(), THRESHOLDS)
 def test_both_equal_their_definition_as_loops(result, threshold):
     clusters = clusters_by_loops(result, threshold)
@@ -73,7 +72,6 @@ def test_both_equal_their_definition_as_loops(result, threshold):
     assert dict(zip(won["query_indices"].tolist(), won["scores"].tolist(), strict=True)) == sums
 
 
-@settings(deadline=None)
 @given(pictures(st.tuples(*[st.integers(0, 10)] * 2, *[st.integers(11, 20)] * 2)), THRESHOLDS)
 def test_nms_equals_torchvision(result, threshold):
     detections = detections_of(result)
@@ -82,7 +80,6 @@ def test_nms_equals_torchvision(result, threshold):
     assert nms(detections, threshold)[0]["query_indices"].tolist() == kept.tolist()
 
 
-@settings(deadline=None)
 @given(pictures(), THRESHOLDS)
 def test_nms_is_an_idempotent_choice_in_order_of_score(result, threshold):
     before = detections_of(result)
@@ -97,7 +94,6 @@ def test_nms_is_an_idempotent_choice_in_order_of_score(result, threshold):
         assert np.array_equal(array, before[0][name][where])
 
 
-@settings(deadline=None)
 @given(pictures(), THRESHOLDS)
 def test_winner_take_all_keeps_the_boxes_of_nms_and_the_confidence_of_each_class(result, threshold):
     detections = detections_of(result | {"scores": [score / 16 for score in result["scores"]]})  # sums stay below 1

@@ -66,7 +66,7 @@ def test_inverted_boxes_are_counted_and_left_out():
     assert len(detections.to_coco(LABELS)) == 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     boxes=hnp.arrays(np.float64, st.tuples(st.integers(0, 6), st.just(4)), elements=st.floats(0.01, 2000)),
     seed=st.integers(0, 100),

@@ -93,7 +93,7 @@ def by_grid_sample(maps, points, strides):
     return total
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 1000))
 def test_samples_and_gradients_equal_grid_sample(height, width, seed):
     maps = [value.requires_grad_() for value in maps_of(height, width, 8, seed=seed)]

@@ -25,7 +25,7 @@ boxes = st.lists(st.tuples(numbers, numbers, numbers, numbers), min_size=1, max_
 
 
 @given(boxes)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_corners_and_centres_are_each_other_back(corners):
     xyxy = torch.tensor(corners, dtype=torch.float64)
     for box, (left, top, right, bottom) in zip(xyxy_to_cxcywh(xyxy).tolist(), corners, strict=True):
@@ -41,7 +41,7 @@ def test_sides_are_width_height_twice_and_keep_the_sign_of_an_inverted_box():
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 11)), min_size=1, max_size=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_sizes_are_read_from_masks_of_every_type(sizes):
     mask = torch.zeros(len(sizes), 9, 11)
     for index, (height, width) in enumerate(sizes):

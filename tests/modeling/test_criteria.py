@@ -200,7 +200,7 @@ def gradients(raw, targets, config):
 
 @pytest.mark.parametrize("criterion", LIKELIHOODS)
 @given(components=st.permutations(range(5)), truths=st.permutations(range(7)))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_order_of_components_and_ground_truths_means_nothing(criterion, components, truths):
     config = tiny_config(criterion=criterion)
     raw = [value.detach() for value in random_stage(2, 5)]
@@ -213,7 +213,7 @@ def test_order_of_components_and_ground_truths_means_nothing(criterion, componen
 
 
 @given(st.integers(1, 6), st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_bounds_of_both_terms(num_components, seed):
     """Without epsilon: 0 <= MCM <= log K, 0 where K is 1, and the NLL is at most that of the largest component."""
     log_likelihood = 30 * torch.randn(
@@ -237,7 +237,7 @@ def test_bounds_of_both_terms(num_components, seed):
 
 
 @given(st.integers(1, 6), st.integers(0, 10_000), st.sampled_from([0, 1e-12]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_order_of_the_objectives(num_components, seed, epsilon):
     """A sum is at least its largest entry, which is at least the matched one."""
     values = {}
@@ -633,7 +633,7 @@ class TestBoxCriterion:
         assert loss.item() == pytest.approx(expected_loss, rel=1e-9)
 
     @given(st.permutations(range(5)), st.permutations(range(7)), st.integers(1, 3))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_order_of_queries_and_ground_truths_means_nothing(self, queries, truths, copies):
         config = config_for("focal_l1_giou", num_ground_truth_copies=copies)
         raw = [value.detach() for value in random_boxes(2, 5)]
@@ -747,7 +747,7 @@ class TestBoxCriterion:
 
 
 @given(st.integers(0, 10_000), st.sampled_from([torch.float32, torch.float64]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_generalized_iou_equals_torchvision_on_proper_boxes(seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     corners = (100 * torch.rand(2, 6, 2, 2, generator=generator, dtype=dtype)).sort(dim=2).values
@@ -852,7 +852,7 @@ class TestGradientsOfManyPositives:
         torch.testing.assert_close(responsibilities(log_likelihood.detach()), self.likelihoods / 0.921)
 
     @given(st.integers(1, 8), st.integers(0, 10_000), st.floats(0, 60), st.floats(-500, 500))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_positives_are_counted_between_the_bounds_that_mcm_sets(self, num_components, seed, spread, unit):
         generator = torch.Generator().manual_seed(seed)
         log_likelihood = spread * torch.rand(3, num_components, dtype=torch.float64, generator=generator) + unit

@@ -74,7 +74,7 @@ class TestSize:
         assert tuple(size.shape[-2:]) == expected
 
     @given(sides, sides)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def test_padded_to_the_next_multiple(self, height, width):
         batch = DrmmImageProcessor(size=SMALL)(images=[picture(height, width)], return_tensors="pt")
         valid_height, valid_width = (int(batch["pixel_mask"][0].amax(axis).sum()) for axis in (1, 0))
@@ -136,7 +136,7 @@ class TestPixels:
         assert values.isfinite().all()
 
     @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=4), st.data())
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_same_pixels_alone_or_in_any_batch(self, shapes, data):
         processor = DrmmImageProcessor(size=SMALL, pad_size={"height": 96, "width": 70})
         images = [picture(*shape, seed=i) for i, shape in enumerate(shapes)]
@@ -281,7 +281,7 @@ class TestFrame:
         frame=st.floats(0.37, 80),
         as_tensor=st.booleans(),
     )
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_annotation_comes_back(self, shapes, corners, divisor, extra, size, frame, as_tensor):
         """`frame` scales the pixels the answer is wanted in: 80 stands for pictures of up to 7,200 pixels."""
         processor = DrmmImageProcessor(do_resize=size is not None, size=size, size_divisor=divisor)

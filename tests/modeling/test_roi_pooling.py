@@ -67,7 +67,7 @@ def near_a_boundary(box):
 
 
 @given(any_box)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_levels_follow_the_public_rule(box):
     assume(not near_a_boundary(box))
     assert roi_levels(torch.tensor(box, dtype=torch.float64), 4, 56).item() == level_of(box)
@@ -82,7 +82,7 @@ def test_levels_of_edge_cases():
 
 @given(st.lists(any_box, min_size=2, max_size=2), st.sampled_from([(7, 2), (3, 1), (2, 3)]), st.integers(0, 5))
 @example([EDGES[0], EDGES[1]], (7, 2), 0)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equals_torchvision_with_its_gradients(boxes, sizes, seed):
     size, ratio = sizes
     boxes = torch.tensor(boxes, dtype=torch.float64).expand(2, -1, -1).contiguous()

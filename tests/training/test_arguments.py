@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drmm_hf.modeling.configuration_drmm import DrmmConfig
@@ -129,7 +129,6 @@ def test_scalars_mean_what_they_look_like(write):
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=12)
 
 
-@settings(deadline=None)
 @given(
     name=TEXTS | st.sampled_from(["no", "1e3", "null", "true", "", "12", "~", "1.", "-.5", "on"]),
     rate=st.floats(min_value=1e-12, max_value=1e3),

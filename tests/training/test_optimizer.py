@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import SwinConfig
@@ -95,7 +95,6 @@ def test_norms_and_position_tables_of_swin_do_not_decay(tiny_recipe):
     assert len([name for name in decayed if "relative_position_bias_table" in name]) == 5
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2000), st.integers(0, 1000), st.floats(0, 1))
 def test_warm_up_is_a_straight_line(step, warmup_steps, start):
     training = TrainingArguments(epochs=1, schedule="constant", warmup_steps=warmup_steps, warmup_start_factor=start)
@@ -103,7 +102,6 @@ def test_warm_up_is_a_straight_line(step, warmup_steps, start):
     assert schedule_factor(training, step, 0.5) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5000))
 def test_multi_step_is_the_papers_36_epochs(total):
     """By the definition: divided by 10 once epoch 27 of 36 is done, and again after epoch 33."""
@@ -114,7 +112,6 @@ def test_multi_step_is_the_papers_36_epochs(total):
         assert schedule_factor(training, step, step / total) == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_cosine_follows_the_half_angle_form(progress, final):
     training = TrainingArguments(epochs=1, schedule="cosine", final_factor=final, warmup_steps=0)

@@ -65,7 +65,7 @@ def test_tags_of_equal_boxes_do_not_cover_each_other():
     assert (~has_colour(both, (90, 90, 90), above) & ~tag).sum() > 1000  # the second tag stands beside it
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     boxes=st.lists(st.lists(st.floats(-500, 2000), min_size=4, max_size=4), max_size=4),
     size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
