@@ -32,6 +32,10 @@ class Progress:
         seconds (`float`): Wall clock used, evaluation included.
         best_value (`float`, *optional*): Best value of the chosen metric so far.
         best_step (`int`, *optional*): Step at which it was reached.
+        evaluation_due (`bool`): Whether the weights were to be evaluated after they were saved.
+        evaluations_since_best (`int`): Evaluations since the best value.
+        skipped_steps (`int`): Steps whose loss or gradient was not finite.
+        skipped_in_a_row (`int`): Those of them since the last good step.
     """
 
     step: int = 0
@@ -41,6 +45,10 @@ class Progress:
     seconds: float = 0.0
     best_value: float | None = None
     best_step: int | None = None
+    evaluation_due: bool = False
+    evaluations_since_best: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, as `Accelerator.register_for_checkpointing` asks."""
