@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils import logging
 
-    from ..training.loop import load_split, train
+    from ..training.build import load_split
+    from ..training.loop import train
     from .evaluate import draw_pictures
 
     logging.disable_progress_bar()  # of each model file written or read
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if PartialState().is_main_process:
         output_dir = Path(recipe.training.output_dir)
         figures = {name: summary[name] for name in ("AP", "AP50", "AP75", "ECE")}
-        print("  ".join(f"{name} {value:.3f}" for name, value in figures.items() if value is not None))
+        words = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+        print(f"best checkpoint (step {summary['best_step']}) on the validation split:", *words, sep="  ")
         print(f"{summary['steps']} steps, {summary['images']} images, {summary['seconds'] / 60:.1f} minutes")
         _draw_curves(output_dir)
         draw_pictures(*load_split(recipe.data, "val"), output_dir)

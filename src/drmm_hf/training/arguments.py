@@ -12,6 +12,7 @@ import difflib
 import math
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -114,8 +115,7 @@ class TrainingArguments:
         epochs (`int`, *optional*): Passes over the training split. The first of the three bounds ends the run.
         max_steps (`int`, *optional*): Bound in optimiser steps.
         max_minutes (`float`, *optional*): Bound in minutes of wall clock since the first step, evaluations in between
-            and earlier parts of a resumed run included. Loading comes before it, and the two evaluations at the end
-            (of the last weights, and of the best checkpoint read back) come on top.
+            and earlier parts of a resumed run included. Loading comes before it, the evaluation at the end on top.
         schedule (`str`): `multi_step`, `cosine` or `constant` learning rate after the warm-up.
         schedule_by (`str`): Progress of the schedule is the fraction of `steps` done or of `time` used.
         milestones (`list[float]`): Progress at which `multi_step` multiplies the learning rate by `decay_factor`.
@@ -124,6 +124,8 @@ class TrainingArguments:
         warmup_steps (`int`): Optimiser steps of linear warm-up.
         warmup_start_factor (`float`): Fraction of the learning rate at which the warm-up starts.
         learning_rate (`float`): Peak learning rate of AdamW.
+        learning_rate_batch_size (`int`, *optional*): Effective batch that the learning rate was chosen for; a run
+            with another one prints advice.
         backbone_lr_factor (`float`): Learning rate of the backbone as a fraction of it.
         weight_decay (`float`): Decoupled weight decay of weight matrices and kernels.
         betas (`list[float]`): AdamW's two decay rates.
@@ -132,9 +134,14 @@ class TrainingArguments:
             and saved; None keeps no average.
         mixed_precision (`str`): Autocast type: `no`, `bf16` or `fp16`.
         channels_last (`bool`): Keep pictures and convolutions in channels-last memory order.
+        gradient_checkpointing (`bool`): Compute activations of the backbone and the decoder twice to save memory.
+        compile (`bool`): Compile the model with `torch.compile`; each new size of picture compiles again.
+        max_skipped_steps (`int`): Steps in a row whose loss or gradient is not finite at which the run is stopped.
+            Each leaves the weights alone, and its pictures, boxes and terms in `skipped_steps/`.
         evaluate_every (`int`): Epochs between evaluations; 0 evaluates only at the end.
         eval_batch_size (`int`): Most pictures of equal padded size evaluated together.
         best_metric (`str`): Metric that chooses the best checkpoint, measured on the validation split.
+        patience (`int`, *optional*): Evaluations without a better one after which the run ends.
         save_every_steps (`int`, *optional*): Optimiser steps between checkpoints within an epoch; None saves at the
             end of each epoch only.
         keep_last (`int`): Newest checkpoints to keep, the one in `last/` included.
@@ -160,6 +167,7 @@ class TrainingArguments:
     warmup_steps: int = 1000
     warmup_start_factor: float = 0.001
     learning_rate: float = 5e-5
+    learning_rate_batch_size: int | None = None
     backbone_lr_factor: float = 1.0
     weight_decay: float = 5e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -167,9 +175,13 @@ class TrainingArguments:
     ema_decay: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    max_skipped_steps: int = 3
     evaluate_every: int = 1
     eval_batch_size: int = 1
     best_metric: Literal["AP", "AP50", "AP75", "AR100"] = "AP"
+    patience: int | None = None
     save_every_steps: int | None = None
     keep_last: int = 2
     log_every: int = 50
@@ -179,7 +191,8 @@ class TrainingArguments:
         """Check every field."""
         check_types(self, "training")
         counts = ("batch_size", "accumulation_steps", "epochs", "max_steps", "save_every_steps", "keep_last")
-        for name in (*counts, "log_every", "eval_batch_size"):
+        counts += ("log_every", "eval_batch_size", "patience", "max_skipped_steps", "learning_rate_batch_size")
+        for name in counts:
             value = getattr(self, name)
             check(self, "training", name, value is None or value >= 1, "must be at least 1")
         for name in ("max_minutes", "learning_rate", "max_grad_norm"):
@@ -287,6 +300,20 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         data=DataArguments(**values["data"]),
         training=TrainingArguments(**values["training"]),
     )
+
+
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Compare two sets of fields.
+
+    Args:
+        before (`Mapping`): Name -> value.
+        now (`Mapping`): Name -> value.
+
+    Returns:
+        `list[tuple]`: Name, value before and value now of those that differ, by name; None where a field is not set.
+    """
+    names = sorted(before.keys() | now.keys())
+    return [(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
 
 
 def check(owner: object, section: str, name: str, valid: bool, rule: str) -> None:

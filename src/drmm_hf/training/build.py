@@ -1,0 +1,173 @@
+"""From a recipe to what the loop turns: the two splits, the model with its image processor, the loader."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch.utils.data import DataLoader
+
+from ..data.augmentation import build_augmentation
+from ..data.coco import coco_paths, load_detection_dataset
+from ..data.generated import generate_shapes
+from ..data.labels import LabelMap
+from ..data.loading import DetectionDataset, data_loader
+from ..evaluation.coco_metrics import ground_truth, load_annotations
+from ..modeling.configuration_drmm import DrmmConfig
+from ..modeling.image_processing_drmm import DrmmImageProcessor
+from ..modeling.modeling_drmm import DrmmForObjectDetection
+from .arguments import DataArguments, Recipe
+from .stop_request import ignore_signals
+
+
+def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mapping[str, Any]]:
+    """Load the pictures of a split and its untouched annotations.
+
+    Args:
+        data (`DataArguments`): Says where they are.
+        split (`str`): `train` or `val`, whatever the data set calls it.
+
+    Returns:
+        `tuple`: The dataset in the canonical schema, and its COCO annotations: the content of the file if there is
+        one, else built from the dataset.
+
+    Raises:
+        ValueError: If the recipe does not say where the data are, or if there are no pictures.
+    """
+    if data.overfit_images is not None:
+        dataset, _ = load_split(dataclasses.replace(data, overfit_images=None), "train")
+        return first_rich_pictures(dataset, data.overfit_images)
+    if data.source == "generated":
+        count, seed = {"train": (data.num_train_images, 0), "val": (data.num_val_images, 1)}[split]
+        dataset = generate_shapes(count, seed, image_size=tuple(data.image_size))
+        return dataset, ground_truth(dataset)
+    name, images, annotations = (getattr(data, f"{split}_{what}") for what in ("split", "images", "annotations"))
+    source = data.source or annotations
+    if source is None:
+        raise ValueError(f"no {split} data: give --data, or {split}_images and {split}_annotations")
+    dataset = load_detection_dataset(
+        source,
+        name,
+        images=images,
+        annotations=annotations,
+        bbox_format=data.bbox_format,
+        invalid=data.invalid_boxes,
+    )
+    if not len(dataset):
+        raise ValueError(f"split {name!r} of {source} has no pictures")
+    paths = coco_paths(source, name, images=images, annotations=annotations)
+    return dataset, ground_truth(dataset) if paths is None else load_annotations(paths[0])
+
+
+def first_rich_pictures(dataset: datasets.Dataset, count: int) -> tuple[datasets.Dataset, Mapping[str, Any]]:
+    """Choose the first pictures by id with at least 5 boxes.
+
+    Args:
+        dataset (`datasets.Dataset`): Training pictures.
+        count (`int`): How many.
+
+    Returns:
+        `tuple`: The pictures and their COCO annotations.
+
+    Raises:
+        ValueError: If there are not as many.
+    """
+    ids, objects = dataset["image_id"], dataset["objects"]
+    rich = [index for index, boxes in enumerate(objects) if sum(not box["iscrowd"] for box in boxes) >= 5]
+    chosen = sorted(rich, key=lambda index: ids[index])[:count]
+    if len(chosen) < count:
+        raise ValueError(f"data.overfit_images is {count}, but only {len(chosen)} pictures have 5 boxes or more")
+    dataset = dataset.select(chosen)
+    return dataset, ground_truth(dataset)
+
+
+def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetection, DrmmImageProcessor]:
+    """Build the model and its image processor, from scratch or from a checkpoint.
+
+    Args:
+        recipe (`Recipe`): `model` fields, input size, `init_from`, `backbone_weights`.
+        label_map (`LabelMap`): The classes to learn.
+
+    Returns:
+        `tuple`: Model in float32, and processor.
+
+    Raises:
+        ValueError: If the fields do not fit together, or the checkpoint's.
+    """
+    training = recipe.training
+    size = {"shortest_edge": recipe.data.shortest_edge, "longest_edge": recipe.data.longest_edge}
+    classes = {
+        "id2label": label_map.id2label,
+        "label2id": label_map.label2id,
+        "category_ids": list(label_map.category_ids),
+    }
+    if training.init_from is None:
+        model = DrmmForObjectDetection(DrmmConfig(**recipe.model, **classes))
+        processor = DrmmImageProcessor(size=size)
+    else:
+        try:
+            model, loaded = DrmmForObjectDetection.from_pretrained(
+                training.init_from,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **recipe.model,
+                **classes,
+            )
+        except StrictDataclassError as error:
+            raise ValueError(f"model, with what {training.init_from!r} has: {error}") from error
+        for name, stored, wanted in sorted(loaded["mismatched_keys"]):
+            print(f"starts afresh: {name}, {tuple(stored)} in {training.init_from} and {tuple(wanted)} here")
+        if loaded["missing_keys"]:
+            missing = sorted(loaded["missing_keys"])
+            print(f"starts afresh: {len(missing)} tensors that {training.init_from} does not have, as {missing[0]}")
+        processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size)
+    if training.backbone_weights is not None:
+        from ..conversion.backbone_weights import load_backbone_weights
+
+        print(load_backbone_weights(model, training.backbone_weights, processor))
+    elif training.init_from is None:
+        frozen = model.config.freeze_backbone_stages
+        print(f"the backbone starts from random weights{f', {frozen} stages of it frozen' if frozen else ''}")
+    return model, processor
+
+
+def training_loader(
+    dataset: datasets.Dataset, label_map: LabelMap, processor: DrmmImageProcessor, recipe: Recipe
+) -> DataLoader:
+    """Build the loader of augmented training batches.
+
+    Args:
+        dataset (`datasets.Dataset`): Training pictures.
+        label_map (`LabelMap`): Category ids to labels.
+        processor (`DrmmImageProcessor`): Makes pixel values and labels.
+        recipe (`Recipe`): Augmentation, workers, batch size and seed.
+
+    Returns:
+        `DataLoader`: Batches of `pixel_values`, `pixel_mask` and `labels`.
+    """
+    data, training = recipe.data, recipe.training
+    augmentation = build_augmentation(
+        data.augmentation,
+        horizontal_flip=data.horizontal_flip,
+        vertical_flip=data.vertical_flip,
+        short_edges=data.short_edges or [data.shortest_edge],
+        max_long_edge=data.longest_edge,
+        crop_short_edges=data.crop_short_edges,
+        crop_sizes=data.crop_sizes,
+        colour_distortion=data.colour_distortion,
+    )
+    loader = data_loader(
+        DetectionDataset(dataset, label_map, augmentation, training.seed),
+        processor,
+        training.batch_size,
+        num_workers=data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    loader.worker_init_fn = ignore_signals
+    loader.generator = torch.Generator()  # its own: starting an epoch must not draw from the model's
+    return loader

@@ -1,0 +1,73 @@
+import copy
+import json
+
+import pytest
+import torch
+
+from drmm_hf.data.coco import categories, save_coco
+from drmm_hf.data.generated import generate_shapes
+from drmm_hf.data.labels import LabelMap
+from drmm_hf.training.build import build_model, load_split
+
+
+def test_a_checkpoint_of_another_head_is_checked_as_a_whole(tiny_recipe, tmp_path, capsys):
+    recipe = tiny_recipe()
+    label_map = LabelMap.from_categories(categories(load_split(recipe.data, "train")[0]))
+    options = {"head_type": "box", "box_delta_unit": "pixels", "num_query_groups": 2}
+    for part in build_model(tiny_recipe(**options), label_map):
+        part.save_pretrained(tmp_path)
+    options["num_query_groups"] = 1
+    single, _ = build_model(tiny_recipe(init_from=str(tmp_path), **options), label_map)
+    assert single.config.head_type == "box" and single.config.criterion == "focal_l1_giou"
+    assert "starts afresh: model.queries.boxes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="num_query_groups=2 must be 1 unless head_type"):
+        build_model(tiny_recipe(init_from=str(tmp_path), head_type="mixture"), label_map)
+
+
+def test_a_checkpoint_of_other_classes_lends_everything_but_the_classifier(tiny_recipe, tmp_path):
+    shapes = LabelMap((2, 3, 7), ("ellipse", "rectangle", "triangle"))
+    cells = LabelMap((5, 6), ("red", "white"))
+    model, processor = build_model(tiny_recipe(), shapes)
+    processor.image_mean = [0.1, 0.2, 0.3]
+    model.save_pretrained(tmp_path / "shapes")
+    processor.save_pretrained(tmp_path / "shapes")
+    swapped, processor = build_model(tiny_recipe(init_from=str(tmp_path / "shapes"), shortest_edge=48), cells)
+    assert swapped.config.id2label == {0: "red", 1: "white"}
+    assert swapped.config.category_ids == [5, 6]
+    assert (list(processor.image_mean), dict(processor.size)["shortest_edge"]) == ([0.1, 0.2, 0.3], 48)
+    before, after = model.state_dict(), swapped.state_dict()
+    replaced = {name for name in after if after[name].shape != before[name].shape}
+    assert {name.split(".")[-2] for name in replaced} == {"classifier"}
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in replaced)
+
+
+def test_splits_are_read_from_a_folder_with_their_untouched_annotations(tiny_recipe, tmp_path):
+    for split, seed in (("train", 3), ("test", 4)):
+        save_coco(generate_shapes(4, seed, (64, 64)), tmp_path / "shapes", split)
+    file = tmp_path / "shapes" / "annotations" / "instances_test.json"
+    content = json.loads(file.read_text())
+    content["info"] = {"note": "untouched"}
+    file.write_text(json.dumps(content))
+    data = tiny_recipe(source=str(tmp_path / "shapes"), val_split="test").data
+    assert len(load_split(data, "train")[0]) == 4
+    dataset, annotations = load_split(data, "val")
+    assert annotations == content
+    pair = copy.copy(data)
+    pair.source, pair.val_annotations, pair.val_images = None, str(file), str(tmp_path / "shapes" / "test")
+    assert load_split(pair, "val")[0].to_dict() == dataset.to_dict()
+    with pytest.raises(ValueError, match="no train data"):
+        load_split(pair, "train")
+
+
+def test_overfitting_takes_the_first_rich_pictures_for_both_splits(tiny_recipe, tmp_path):
+    shapes = generate_shapes(30, 3, (64, 64))
+    save_coco(shapes, tmp_path / "shapes", "train")
+    data = tiny_recipe(source=str(tmp_path / "shapes"), overfit_images=4).data
+    rich = sorted(row["image_id"] for row in shapes if len(row["objects"]) >= 5)
+    assert 4 < len(rich) < 30
+    for split in ("train", "val"):
+        dataset, annotations = load_split(data, split)
+        assert dataset["image_id"] == rich[:4] == [image["id"] for image in annotations["images"]]
+    data.overfit_images = len(rich) + 1
+    with pytest.raises(ValueError, match=f"overfit_images is {len(rich) + 1}, but only {len(rich)} pictures"):
+        load_split(data, "val")
