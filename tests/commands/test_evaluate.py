@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from drmm_cli import main
-from drmm_hf.commands.evaluate import table
+from drmm_hf.commands.evaluate import comparison_table, table
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics
 from drmm_hf.evaluation.deduplication import nms, winner_take_all
@@ -141,3 +141,41 @@ def test_pictures_of_another_size_than_annotated_are_named(model_folder, coco_fo
     options = ["--images", str(coco_folder / "val"), "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(model_folder), str(path), *options]) == 2
     assert "'1.png' (image 10) is 80 x 60, its annotations say 160 x 60" in capsys.readouterr().err
+
+
+def test_likelihoods_are_written_printed_and_set_beside_another_models(model_folder, coco_folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["evaluate", str(model_folder), str(coco_folder), "--output", str(output), "--batch-size", "2"]
+    if "drmm" not in model_folder.name:
+        assert main([*arguments, "--losses"]) == 2
+        assert "model is a 'detr', which predicts boxes and scores but no density" in capsys.readouterr().err
+        assert not (output / "metrics.json").exists()  # said before the work
+        return
+    assert main([*arguments, "--losses"]) == 0
+    losses = json.loads((output / "likelihood.json").read_text())
+    assert losses["num_ground_truths"] == 2 and len(losses["all"]["nll"]) == 2
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for stage in (0, 1):
+        columns = [losses["all"][name][stage] for name in ("nll", "share", "effective_positives")]
+        assert any(line[:4] == [str(stage + 1), *(f"{value:.3f}" for value in columns)] for line in lines)
+    assert any(line[:3] == ["square", "1", f"{losses['classes']['square']['nll'][1]:.3f}"] for line in lines)
+
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(losses | {"all": {"nll": [10.0, 20.0], "share": [0.5, 0.25]}}))
+    assert main([*arguments, "--against", str(other)]) == 0
+    nll, share = losses["all"]["nll"][1], losses["all"]["share"][1]
+    values = [nll, 20.0, 20 / nll, share, 0.25, 0.25 / share]
+    assert ["2", *(f"{value:.3f}" for value in values)] in [
+        line.split() for line in capsys.readouterr().out.splitlines()
+    ]
+
+
+def test_likelihoods_of_other_objects_or_another_input_size_are_not_compared():
+    losses = {"num_images": 3, "num_ground_truths": 2, "mean_log_scale": 0.5, "all": {"nll": [1.0], "share": [1.0]}}
+    assert comparison_table(losses, losses).splitlines()[-1].split() == ["1", *["1.000"] * 6]
+    for name, value in (("num_images", 4), ("num_ground_truths", 3), ("mean_log_scale", 0.6)):
+        with pytest.raises(ValueError, match=f"{name} is {losses[name]} here and {value} there"):
+            comparison_table(losses, losses | {name: value})
+    for wrong in ([], {"num_images": 3}):
+        with pytest.raises(ValueError, match=r"is no likelihood.json"):
+            comparison_table(losses, wrong)

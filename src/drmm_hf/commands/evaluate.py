@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     duplicates.add_argument(
         "--wta", type=float, metavar="IOU", help="likewise, and add their confidences to the boxes that remain"
     )
+    parser.add_argument(
+        "--losses", action="store_true", help="measure the likelihood of the annotations too (D-RMM's mixtures only)"
+    )
+    parser.add_argument(
+        "--against", metavar="FILE", help="likelihood.json of another model, to set beside it as Table 9 does"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -57,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.coco import coco_paths, load_detection_dataset
     from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.likelihood import check_density, likelihoods, summarize
     from ..evaluation.predict import load_detector
 
     is_file = args.annotations is None and args.data.endswith(".json")
@@ -68,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
     annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
     logging.disable_progress_bar()  # of each weight that is loaded
     Path(args.output).mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
+    other = None if args.against is None else json.loads(Path(args.against).read_text())
     model, processor = load_detector(args.model, args.device)
+    if args.losses or other:
+        check_density(model.config)
 
     metrics = evaluate(
         model,
@@ -81,9 +92,17 @@ def run(args: argparse.Namespace) -> int:
         nms=args.nms,
         wta=args.wta,
     )
-    pictures = draw_pictures(dataset, annotations, Path(args.output))
+    written = ["metrics.json", "detections.json", *draw_pictures(dataset, annotations, Path(args.output))]
     print(table(metrics))
-    print(f"written to {args.output}: metrics.json, detections.json, {', '.join(pictures)}")
+    if args.losses or other:
+        found = likelihoods(model, processor, dataset, annotations, batch_size=args.batch_size)
+        losses = summarize(found, annotations)
+        (Path(args.output) / "likelihood.json").write_text(json.dumps(losses, indent=2, allow_nan=False) + "\n")
+        written.append("likelihood.json")
+        print(f"\n{likelihood_table(losses)}")
+        if other:
+            print(f"\n{comparison_table(losses, other)}")
+    print(f"written to {args.output}: {', '.join(written)}")
     return 0
 
 
@@ -122,6 +141,73 @@ def table(metrics: Mapping[str, Any]) -> str:
     if metrics["deduplication"]:
         name, iou = metrics["deduplication"]["method"].upper(), metrics["deduplication"]["iou_threshold"]
         lines.append(f"{metrics['deduplication']['num_removed']} detections were removed by {name} at IoU {iou:g}")
+    return "\n".join(lines)
+
+
+def likelihood_table(losses: Mapping[str, Any]) -> str:
+    """Return validation likelihoods as lines of text.
+
+    Args:
+        losses (`Mapping`): From `drmm_hf.evaluation.likelihood.summarize`.
+
+    Returns:
+        `str`: A line a stage, then a line a size and a class for the last stage.
+
+    Source: Tables 4 and 9.
+    """
+    columns = ("nll", "share", "effective_positives", "public_nll", "public_share")
+    titles = ("NLL", "exp(-MCM)", "positives", "public NLL", "exp(-MCM)")
+    groups = [*losses["sizes"].items(), *losses["classes"].items()]
+    width = max(len("last stage"), *(len(name) for name, _ in groups))
+    lines = [f"{'stage':<{width}}{'':9}" + "".join(f"{title:>12}" for title in titles)]
+    for stage in range(len(losses["all"]["nll"])):
+        values = "".join(f"{losses['all'][column][stage]:>12.3f}" for column in columns)
+        lines.append(f"{stage + 1:<{width}}{'':9}{values}")
+    lines += ["", f"{'last stage':<{width}}{'objects':>9}" + "".join(f"{title:>12}" for title in titles)]
+    for name, group in groups:
+        if group["num_ground_truths"]:
+            values = "".join(f"{group[column][-1]:>12.3f}" for column in columns)
+            lines.append(f"{name:<{width}}{group['num_ground_truths']:>9}{values}")
+    lines += [
+        "",
+        f"means over {losses['num_ground_truths']} objects, {losses['num_crowds']} crowds left out; densities in "
+        "pixels of the model input; public: with the factor n and the 1e-12 of the public code",
+    ]
+    return "\n".join(lines)
+
+
+def comparison_table(losses: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the likelihoods of two models and their ratios as lines of text.
+
+    Args:
+        losses (`Mapping`): Of this model, from `drmm_hf.evaluation.likelihood.summarize`; in the paper's table the one
+            trained with the MCM loss.
+        other (`Mapping`): Of the other.
+
+    Returns:
+        `str`: A line a stage.
+
+    Raises:
+        ValueError: If `other` is something else, or the two were not measured on the same objects in pictures of the
+            same size.
+
+    Source: Table 9; its last line is Table 4.
+    """
+    names = ("num_images", "num_ground_truths", "mean_log_scale")
+    if not isinstance(other, Mapping) or {*names, "all"} - other.keys():
+        raise ValueError("the file to compare with is no likelihood.json, which `drmm evaluate --losses` writes.")
+    for name in names:
+        if not math.isclose(losses[name], other[name], abs_tol=1e-9):
+            raise ValueError(
+                f"{name} is {losses[name]} here and {other[name]} there; the rule is the same pictures, objects and "
+                "input size, since a density has a unit."
+            )
+    titles = "".join(f"{title:>12}" for title in ("this", "other", "other/this"))
+    lines = [f"{'':<5}{'NLL':>12}{'exp(-MCM)':>36}", f"{'stage':<5}{titles}{titles}"]
+    columns = [group["all"][name] for name in ("nll", "share") for group in (losses, other)]
+    for stage, (nll, other_nll, share, other_share) in enumerate(zip(*columns, strict=False), start=1):
+        values = (nll, other_nll, other_nll / nll, share, other_share, other_share / share)
+        lines.append(f"{stage:<5}" + "".join(f"{value:>12.3f}" for value in values))
     return "\n".join(lines)
 
 

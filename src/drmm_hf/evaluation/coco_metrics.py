@@ -90,7 +90,7 @@ def coco_evaluation(source: str | Path | Mapping[str, Any], detections: Sequence
                 f"they hold {len(known)} of them, such as {first_few(record['id'] for record in known)}."
             )
     annotations = [
-        {**record, "id": index, "area": _area(record), "iscrowd": int(record.get("iscrowd") or 0)}
+        {**record, "id": index, "area": annotation_area(record), "iscrowd": int(record.get("iscrowd") or 0)}
         for index, record in enumerate(content["annotations"], start=1)
     ]
     results = [
@@ -170,6 +170,19 @@ def coco_metrics(
     return metrics
 
 
+def annotation_area(record: Mapping[str, Any]) -> float:
+    """Return the area by which COCO sorts an annotation into small, medium and large.
+
+    Args:
+        record (`Mapping`): An annotation with `bbox` and, possibly, `area`.
+
+    Returns:
+        `float`: `area`, that of the mask in COCO's files, in square pixels; the area of the box if it names none.
+    """
+    area = record.get("area")
+    return float(np.prod(record["bbox"][2:])) if area is None else area
+
+
 def first_few(values: Iterable[Any], count: int = 5) -> str:
     """Name the first few of many values, for a message.
 
@@ -187,9 +200,3 @@ def first_few(values: Iterable[Any], count: int = 5) -> str:
 def _fraction(value: float) -> float | None:
     """Return a figure of pycocotools, whose -1 means that no ground truth takes part."""
     return None if value < 0 else float(value)
-
-
-def _area(record: Mapping[str, Any]) -> float:
-    """Return the area of an annotation, of its box if it names none."""
-    area = record.get("area")
-    return float(np.prod(record["bbox"][2:])) if area is None else area

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -92,69 +93,124 @@ def predict(
         ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections, if a
             picture is not of 8 bits or of another size than its annotations, or if a result is not finite.
     """
-    for name, value in (("batch_size", batch_size), ("top_k", top_k)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; the rule is at least 1.")
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; the rule is at least 1.")
     if not hasattr(processor, "post_process_object_detection"):
         raise ValueError(f"processor is a {type(processor).__name__}, which has no post_process_object_detection.")
-    if isinstance(dataset, datasets.Dataset):
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
     if device is not None:
         model.to(device)
     was_training = model.training
     model.eval()
-
-    waiting: dict[tuple[int, ...], list[tuple[int, tuple[int, int], Mapping[str, torch.Tensor]]]] = defaultdict(list)
-    results: dict[int, Mapping[str, Any] | None] = {}
-    total = len(dataset) if hasattr(dataset, "__len__") else None
-
-    def flush(size: tuple[int, ...]) -> None:
-        """Run the pictures of one size."""
-        image_ids, target_sizes, inputs = zip(*waiting.pop(size), strict=True)
-        results.update(zip(image_ids, _detect(model, processor, inputs, target_sizes, top_k), strict=True))
-        bar.update(len(image_ids))
-
+    results: list[tuple[int, int, Mapping[str, Any]]] = []
     try:
-        hidden = None if progress else True  # None: shown on a terminal
-        with tqdm(total=total, desc="predicting", unit="image", delay=2, disable=hidden, leave=False) as bar:
-            for row in dataset:
-                image_id = int(row["image_id"])
-                if image_id in results:
-                    bar.update()
-                    continue
-                results[image_id] = None  # keeps the order of the dataset
-                image = load_image(row)
-                inputs = processor(images=[image], return_tensors="pt")
-                inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
-                size = tuple(inputs["pixel_values"].shape)
-                waiting[size].append((image_id, (image.height, image.width), inputs))
-                if len(waiting[size]) == batch_size:
-                    flush(size)
-                elif sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
-                    flush(next(iter(waiting)))  # the size that waits longest
-            for size in list(waiting):
-                flush(size)
+        for batch in picture_batches(processor, dataset, batch_size, progress, "predicting"):
+            found = _detect(model, processor, batch.inputs, batch.sizes, top_k)
+            results += zip(batch.positions, batch.image_ids, found, strict=True)
     finally:
         model.train(was_training)
 
     detections = Detections()
-    for image_id, result in results.items():
+    for _, image_id, result in sorted(results, key=itemgetter(0)):
         detections.add(image_id, result)
     return detections.top_k(top_k)
+
+
+class PictureBatch(NamedTuple):
+    """Pictures of equal processed size.
+
+    Attributes:
+        positions (`list[int]`): Place of each picture among those of the dataset, repeated ones aside.
+        image_ids (`list[int]`): Their ids.
+        sizes (`list[tuple[int, int]]`): (height, width) of the original pictures.
+        inputs (`dict[str, torch.Tensor]`): `pixel_values` and, if the processor makes it, `pixel_mask`, on the CPU.
+    """
+
+    positions: list[int]
+    image_ids: list[int]
+    sizes: list[tuple[int, int]]
+    inputs: dict[str, torch.Tensor]
+
+
+def picture_batches(
+    processor: Any,
+    dataset: Iterable[Mapping[str, Any]],
+    batch_size: int = 1,
+    progress: bool = True,
+    description: str = "predicting",
+) -> Iterator[PictureBatch]:
+    """Process each picture alone and yield batches of those that come out equally large.
+
+    Args:
+        processor (`Any`): The image processor of a model.
+        dataset (`Iterable[Mapping]`): As in `predict`; a repeated picture counts once.
+        batch_size (`int`): Largest number of pictures in a batch.
+        progress (`bool`): Whether to show a progress bar. It shows after two seconds only.
+        description (`str`): What the bar says.
+
+    Yields:
+        `PictureBatch`: Each picture once, not in the order of the dataset.
+
+    Raises:
+        ValueError: If `batch_size` is below 1, or a picture is not of 8 bits or of another size than its annotations.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; the rule is at least 1.")
+    if isinstance(dataset, datasets.Dataset):
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    waiting: dict[tuple[int, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    seen: set[int] = set()
+
+    def take(size: tuple[int, ...]) -> PictureBatch:
+        positions, image_ids, sizes, inputs = map(list, zip(*waiting.pop(size), strict=True))
+        joined = {name: torch.cat([entry[name] for entry in inputs]) for name in inputs[0]}
+        return PictureBatch(positions, image_ids, sizes, joined)
+
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+    hidden = None if progress else True  # None: shown on a terminal
+    with tqdm(total=total, desc=description, unit="image", delay=2, disable=hidden, leave=False) as bar:
+        for row in dataset:
+            bar.update()
+            image_id = int(row["image_id"])
+            if image_id in seen:
+                continue
+            image = load_image(row)
+            inputs = processor(images=[image], return_tensors="pt")
+            inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
+            size = tuple(inputs["pixel_values"].shape)
+            waiting[size].append((len(seen), image_id, (image.height, image.width), inputs))
+            seen.add(image_id)
+            if len(waiting[size]) == batch_size:
+                yield take(size)
+            elif sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
+                yield take(next(iter(waiting)))  # the size that waits longest
+        for size in list(waiting):
+            yield take(size)
+
+
+def to_model(inputs: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Bring the inputs of a batch to the device of a model, and the pictures to its precision.
+
+    Args:
+        inputs (`Mapping[str, torch.Tensor]`): Of a `PictureBatch`.
+        model (`torch.nn.Module`): The detector.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Arguments of the model.
+    """
+    parameter = next(model.parameters())
+    moved = {name: value.to(parameter.device) for name, value in inputs.items()}
+    return moved | {"pixel_values": moved["pixel_values"].to(parameter.dtype)}
 
 
 def _detect(
     model: torch.nn.Module,
     processor: Any,
-    inputs: Iterable[Mapping[str, torch.Tensor]],
-    target_sizes: Iterable[tuple[int, int]],
+    inputs: Mapping[str, torch.Tensor],
+    target_sizes: Sequence[tuple[int, int]],
     top_k: int,
 ) -> list[Mapping[str, Any]]:
     """Run one batch and return the processor's result of each picture, on the CPU."""
-    parameter = next(model.parameters())
-    batch = {name: torch.cat([entry[name] for entry in inputs]).to(parameter.device) for name in inputs[0]}
-    batch["pixel_values"] = batch["pixel_values"].to(parameter.dtype)
-    outputs = model(**batch)
+    outputs = model(**to_model(inputs, model))
     for name in ("logits", "pred_boxes"):  # half precision cannot name a pixel of a large picture
         outputs[name] = outputs[name].float()
         # A processor would drop them without a word: no score is above a threshold if it is not a number.
