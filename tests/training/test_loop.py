@@ -1,6 +1,8 @@
 import itertools
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +135,117 @@ def test_a_killed_run_resumes_bit_by_bit(tiny_recipe, tmp_path, monkeypatch, kil
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tiny_recipe, tmp_path, monkeypatch, when):
+    """Killed before an evaluation, it is measured when the run goes on; killed right after one, it is not repeated."""
+    options = {"evaluate_every": 1, "dropout": 0.0}
+    train(tiny_recipe(output_dir=str(tmp_path / "whole"), **options))
+    evaluate_model, write_evaluation, calls = loop.evaluate_model, run_log.Log.write_evaluation, []
+
+    def evaluate_or_die(*args):
+        calls.append(args)
+        if when == "before":
+            raise Killed
+        return evaluate_model(*args)
+
+    def write_and_die(log, metrics):
+        write_evaluation(log, metrics)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_model", evaluate_or_die)
+        patch.setattr(run_log.Log, "write_evaluation", write_and_die)
+        with pytest.raises(Killed):
+            train(tiny_recipe(**options))
+    assert len(calls) == 1
+    monkeypatch.setattr(loop, "evaluate_model", lambda *args: calls.append(args) or evaluate_model(*args))
+    train(tiny_recipe(resume=True, **options))
+    assert len(calls) == (3 if when == "before" else 2)  # of two evaluations
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
+def test_patience_ends_a_run(tiny_recipe, tmp_path, monkeypatch):
+    values = iter([0.5, 0.25, 0.5, 0.75, 0.7, 0.6, 0.5])
+    evaluate_model = loop.evaluate_model
+
+    def next_value(*args):
+        metrics, detections = evaluate_model(*args)
+        return {**metrics, "AP": next(values)}, detections
+
+    monkeypatch.setattr(loop, "evaluate_model", next_value)
+    summary = train(tiny_recipe(epochs=7, evaluate_every=1, patience=3))
+    assert (summary["epochs"], summary["best_step"]) == (7, 12)
+    values = iter([0.5, 0.25, 0.5, 0.75])
+    summary = train(tiny_recipe(output_dir=str(tmp_path / "short"), epochs=7, evaluate_every=1, patience=2))
+    assert (summary["epochs"], summary["best_step"]) == (3, 3)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(tiny_recipe, tmp_path, monkeypatch, capsys, number, code):
+    """In the middle of the second step of an epoch; the run then goes on as if nothing had happened."""
+    options = {"evaluate_every": 1, "ema_decay": 0.9}
+    train(tiny_recipe(output_dir=str(tmp_path / "whole"), **options))
+
+    def accumulate_and_signal(*args):
+        steps.append(args)
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
+        return accumulate_gradients(*args)
+
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate_gradients", accumulate_and_signal)
+        with pytest.raises(SystemExit) as stopped:
+            train(tiny_recipe(**options))
+    assert stopped.value.code == code and len(steps) == 2
+    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().out
+    assert signal.getsignal(number) is not None and "StopRequest" not in repr(signal.getsignal(number))
+    train(tiny_recipe(resume=True, **options))
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
+def test_a_signal_during_an_evaluation_leaves_at_once(tiny_recipe, tmp_path, monkeypatch):
+    options = {"evaluate_every": 1}
+    train(tiny_recipe(output_dir=str(tmp_path / "whole"), **options))
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("still evaluating")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_model", interrupted)
+        with pytest.raises(SystemExit):
+            train(tiny_recipe(**options))
+    train(tiny_recipe(resume=True, **options))
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
+def test_what_changed_is_said(tiny_recipe, tmp_path, capsys):
+    train(tiny_recipe(max_steps=1, resume=True))
+    assert "nothing to resume" in capsys.readouterr().out
+    train(tiny_recipe(max_steps=2, resume=True, horizontal_flip=0.25))
+    said = capsys.readouterr().out
+    assert "training.max_steps was 1 and is now 2: the learning rate follows the new length" in said
+    assert "data.horizontal_flip was 0.5 and is now 0.25" in said
+
+
+def test_the_effective_batch_is_told_with_advice(tiny_recipe):
+    training = tiny_recipe(learning_rate=1e-3, learning_rate_batch_size=4).training
+    assert loop.describe_batch(training, 1).count("\n") == 0
+    first, second = loop.describe_batch(training, 4).splitlines()
+    assert first.startswith("effective batch 16: 2 pictures x 2 accumulation steps x 4 processes")
+    assert second.endswith("effective batch of 4; try 0.002 to 0.004")
+    assert loop.describe_batch(tiny_recipe(learning_rate_batch_size=None).training, 4).count("\n") == 0
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_recipe, tmp_path):
+    options = {"epochs": 1, "dropout": 0.0}
+    train(tiny_recipe(output_dir=str(tmp_path / "plain"), **options))
+    train(tiny_recipe(output_dir=str(tmp_path / "again"), gradient_checkpointing=True, **options))
+    plain, again = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("plain", "again"))
+    assert again == pytest.approx(plain, rel=1e-5)
+
+
 def test_a_finished_run_is_neither_overwritten_nor_repeated(tiny_recipe, tmp_path):
     first = train(tiny_recipe(epochs=1))
     with pytest.raises(ValueError, match="--resume"):
@@ -163,6 +276,8 @@ def test_what_a_run_leaves_behind(tiny_recipe, tmp_path):
     }
     assert metrics["AP"] == [row for row in rows(run) if "AP" in row][-1]["AP"]
     assert list((run / "tensorboard").rglob("events.*"))
+    (manifest,) = json.loads((run / "manifest.json").read_text())
+    assert (manifest["step"], manifest["processes"], manifest["data"]["train"]["num_images"]) == (0, 1, 10)
     for name in ("best", "last"):
         model = AutoModelForObjectDetection.from_pretrained(run / name)
         processor = AutoImageProcessor.from_pretrained(run / name)
