@@ -89,15 +89,32 @@ def test_a_missing_tensor_another_shape_and_another_network_are_errors(weights, 
     name = "encoder.stages.0.layers.0.layer.0.convolution.weight"
     untouched = resnet_detector()
     before = {key: value.clone() for key, value in untouched.state_dict().items()}
-    with pytest.raises(ValueError, match="1 of the backbone's .* have no weights, the first .*stages.0"):
+    with pytest.raises(ValueError, match="lacks weights for 1 of the backbone's .*, the first .*stages.0"):
         load_backbone_weights(untouched, written({k: v for k, v in weights.items() if k != name}, tmp_path))
-    with pytest.raises(ValueError, match=r"wrong shape, .*stages.0.*\(2, 2\) instead of \(8, 8, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"wrong shape: .*stages.0.*\(2, 2\) instead of \(8, 8, 3, 3\)"):
         load_backbone_weights(untouched, written(weights | {name: torch.ones(2, 2)}, tmp_path))
     with pytest.raises(ValueError, match="another architecture"):
         load_backbone_weights(untouched, written({"x.y": torch.ones(1)}, tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors' is not a file"):
+    with pytest.raises(FileNotFoundError, match="backbone_weights 'nowhere.safetensors' does not exist"):
         load_backbone_weights(untouched, "nowhere.safetensors")
     assert all(torch.equal(value, before[key]) for key, value in untouched.state_dict().items())
+
+
+def test_torchvision_s_own_file_is_read_and_what_is_no_file_of_tensors_is_named(weights, tmp_path):
+    model = resnet_detector()
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "resnet.pth")
+    load_backbone_weights(model, tmp_path / "resnet.pth")
+    loaded = model.model.backbone.network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="pointer.safetensors is a git-LFS pointer .*git lfs pull"):
+        load_backbone_weights(model, tmp_path / "pointer.safetensors")
+    path = written(weights, tmp_path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"cut short, {path.stat().st_size} of {path.stat().st_size + 8} bytes"):
+        load_backbone_weights(model, path)
+    with pytest.raises(ValueError, match="no file or folder here and no model on the Hub that can be read: "):
+        load_backbone_weights(model, tmp_path)
 
 
 def test_a_timm_backbone_gives_its_own_normalisation_to_the_processor(tmp_path):

@@ -116,20 +116,25 @@ def test_code_in_a_file_runs_only_when_told(tmp_path):
     assert mark.exists()
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
-        read_checkpoint(tmp_path / "nowhere.pth")
-    for content in (
-        b"",
-        b"no checkpoint",
-        torch.save([1], tmp_path / "list.pth") or (tmp_path / "list.pth").read_bytes(),
-    ):
-        (tmp_path / "wrong.pth").write_bytes(content)
-        with pytest.raises(ValueError, match=r"wrong.pth (cannot be read|holds a list)"):
-            read_checkpoint(tmp_path / "wrong.pth")
-    whole = written({"state_dict": WEIGHTS}, tmp_path).read_bytes()
-    (tmp_path / "wrong.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="wrong.pth cannot be read"):
-        read_checkpoint(tmp_path / "wrong.pth", trust_pickle=True)
-    with pytest.raises(ValueError, match="'epoch' is a int; a state dict holds only tensors"):
-        read_checkpoint(written({**WEIGHTS, "epoch": 3}, tmp_path))
+CYCLE = []
+CYCLE.append(CYCLE)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1], "holds a list; it must hold a state dict"),
+        (torch.ones(3), "holds a Tensor; it must hold a state dict"),
+        ({}, "holds no tensor, nothing at all"),
+        ({"epoch": 3, "meta": {"lr": [0.1]}}, "holds no tensor, only 'epoch', 'meta'"),
+        ({"state_dict": {}, "meta": CYCLE}, "holds no tensor, only 'state_dict', 'meta'"),
+        ({**WEIGHTS, "epoch": 3}, "'epoch' is a int; a state dict holds tensors by name"),
+        ({0: torch.ones(1)}, "0 is a Tensor; a state dict holds tensors by name"),
+        ({"weight": torch.eye(2).to_sparse()}, "'weight' is sparse"),
+    ],
+    ids=["list", "tensor", "nothing", "no tensor", "cycle", "a number", "no names", "sparse"],
+)
+def test_a_file_without_a_state_dict_is_named(content, words, tmp_path):
+    with pytest.raises(ValueError, match=rf"model.pth:? {words}"):
+        read_checkpoint(written(content, tmp_path))

@@ -45,7 +45,7 @@ def test_stage_numbers_count_from_zero():
 
 
 def test_unknown_names_are_errors_that_name_them():
-    with pytest.raises(ValueError, match="1 names fit no pattern: 'optimizer.state'"):
+    with pytest.raises(ValueError, match="no pattern fits 1 of 1 names: 'optimizer.state'"):
         convert_state_dict({"optimizer.state": torch.ones(1)}, DETECTOR_NAMES)
     assert our_names("optimizer.state", DETECTOR_NAMES) == []
 

@@ -1,14 +1,17 @@
 """The one route of pretrained weights into a detector's backbone."""
 
 import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .model_source import find_source
+from .public_checkpoint import read_checkpoint
 from .public_names import RESNET_NAMES, convert_state_dict
 
 
@@ -55,18 +58,18 @@ def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) 
 
     Args:
         model (`DrmmModel` or `DrmmForObjectDetection`): its backbone is changed in place.
-        source (`str` or `Path`): a safetensors file (names of timm, of transformers or of torchvision's ResNets), or
-            the id of a timm model ("timm/resnet50.a1_in1k", or a timm name for a timm backbone) or of a transformers
-            model.
+        source (`str` or `Path`): a file of safetensors or `torch.save` (names of timm, of transformers or of
+            torchvision's ResNets), the id of a timm model ("timm/resnet50.a1_in1k", or a timm name for a timm
+            backbone), or the folder or id of a transformers model.
         processor (`DrmmImageProcessor`, *optional*): gets the backbone's own mean and std, where the source tells.
 
     Returns:
         `BackboneReport`: what was loaded and what was left over.
 
     Raises:
-        FileNotFoundError: if `source` looks like a file and does not exist.
-        ValueError: if nothing fits, a tensor of the backbone stays without weights, a shape differs, or the
-            statistics of all batch norms are 0 and 1, which no trained network has.
+        FileNotFoundError: if `source` looks like a path and does not exist.
+        ValueError: if the source cannot be read, nothing fits, a tensor of the backbone stays without weights, a shape
+            differs, or the statistics of all batch norms are 0 and 1, which no trained network has.
     """
     backbone = getattr(model, "model", model).backbone.network
     network = getattr(backbone, "_backbone", backbone)
@@ -76,7 +79,8 @@ def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) 
     wrong = [name for name, value in matched.items() if value.shape != own[name].shape]
     if wrong:
         shapes = f"{tuple(matched[wrong[0]].shape)} instead of {tuple(own[wrong[0]].shape)}"
-        raise ValueError(f"{source}: {len(wrong)} tensors have a wrong shape, {wrong[0]!r} {shapes}.")
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{source}: tensors of a wrong shape: {wrong[0]!r} {shapes}{more}.")
     _check_statistics(matched, network, source)
     network.load_state_dict(matched, strict=False)
     used = {id(value) for value in matched.values()}  # under whatever name
@@ -91,22 +95,27 @@ def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) 
 
 def _read(source: str | Path, backbone: nn.Module) -> tuple[dict[str, Tensor], list[float] | None, list[float] | None]:
     """Return the tensors of a file or Hub model and its pixel normalisation."""
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     name = getattr(backbone.config, "backbone", None)
-    if path.suffix == ".safetensors" or path.is_file():
-        if not path.is_file():
-            raise FileNotFoundError(f"backbone weights {str(source)!r} is not a file.")
-        return load_file(path), *_timm_normalization(name)
-    if name is not None or str(source).startswith("timm/"):
-        import timm
+    if path.is_file():
+        return read_checkpoint(path).weights, *_timm_normalization(name)
+    source = find_source(source, "backbone_weights")
+    try:
+        if name is not None or source.startswith("timm/"):
+            import timm
 
-        network = timm.create_model(f"hf-hub:{source}" if str(source).startswith("timm/") else source, pretrained=True)
-        return network.state_dict(), list(network.pretrained_cfg["mean"]), list(network.pretrained_cfg["std"])
-    from transformers import AutoImageProcessor, AutoModel
+            network = timm.create_model(f"hf-hub:{source}" if source.startswith("timm/") else source, pretrained=True)
+            return network.state_dict(), list(network.pretrained_cfg["mean"]), list(network.pretrained_cfg["std"])
+        from transformers import AutoImageProcessor, AutoModel
 
-    processor = AutoImageProcessor.from_pretrained(source)
-    weights = AutoModel.from_pretrained(source, dtype=torch.float32).state_dict()
-    return weights, list(processor.image_mean), list(processor.image_std)
+        processor = AutoImageProcessor.from_pretrained(source)
+        weights = AutoModel.from_pretrained(source, dtype=torch.float32).state_dict()
+        return weights, list(processor.image_mean), list(processor.image_std)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"backbone_weights is {source!r}, which is no file or folder here and no model on the Hub that can be "
+            f"read: {error}"
+        ) from error
 
 
 def _timm_normalization(name: str | None) -> tuple[list[float] | None, list[float] | None]:
@@ -136,7 +145,7 @@ def _match(weights: dict[str, Tensor], own: dict[str, Tensor], source) -> dict[s
     ]
     if missing:
         raise ValueError(
-            f"{source}: {len(missing)} of the backbone's {len(own)} tensors have no weights, the first "
+            f"{source} lacks weights for {len(missing)} of the backbone's {len(own)} tensors, the first "
             f"{missing[0]!r}; the source's first name is {next(iter(weights), None)!r}. Is it of another architecture?"
         )
     return matched

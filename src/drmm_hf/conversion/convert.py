@@ -21,7 +21,7 @@ from .architecture import infer_fields
 from .class_names import class_fields
 from .model_card import model_card, title
 from .public_checkpoint import read_checkpoint
-from .public_names import DETECTRON2_NAMES, convert_state_dict, detector_names, our_names
+from .public_names import DETECTRON2_NAMES, convert_state_dict, detector_names, list_some, our_names
 
 
 # Settings of the public code that shapes do not show but outputs depend on, and their fields.
@@ -112,22 +112,22 @@ def convert_checkpoint(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"output {str(output)!r} exists; give a new folder.")
     public = read_checkpoint(checkpoint, trust_pickle)
-    names = detector_names(public.weights)
-    family = "detectron2" if names is DETECTRON2_NAMES else "mmdetection"
-    dropped = public.dropped | _drop_pixel_statistics(public.weights)
-    mapped = {name: our_names(name, names) for name in public.weights}
-    weights = convert_state_dict(public.weights, names)
-
-    settings = _stated_fields(public.settings) | dict(fields or {})
-    inferred = infer_fields(weights) | (_DETECTRON2_FIELDS if family == "detectron2" else {})
-    inferred |= class_fields(labels or public.class_names, inferred.pop("num_labels"))
-    inferred["freeze_backbone_stages"] = int(inferred["backbone_config"].model_type == "resnet")
     try:
+        names = detector_names(public.weights)
+        family = "detectron2" if names is DETECTRON2_NAMES else "mmdetection"
+        dropped = public.dropped | _drop_pixel_statistics(public.weights)
+        mapped = {name: our_names(name, names) for name in public.weights}
+        weights = convert_state_dict(public.weights, names)
+
+        settings = _stated_fields(public.settings) | dict(fields or {})
+        inferred = infer_fields(weights) | (_DETECTRON2_FIELDS if family == "detectron2" else {})
+        inferred |= class_fields(labels or public.class_names, inferred.pop("num_labels"))
+        inferred["freeze_backbone_stages"] = int(inferred["backbone_config"].model_type == "resnet")
         config = DrmmConfig(**(inferred | settings))
-    except StrictDataclassError as error:
+        model = DrmmForObjectDetection(config)
+        recomputed, added = load_strictly(model.model, weights)
+    except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{checkpoint}: {error}") from error
-    model = DrmmForObjectDetection(config)
-    recomputed, added = load_strictly(model.model, weights)
     for name in [name for name, ours in mapped.items() if set(ours) & recomputed]:
         dropped[name] = "the model computes it anew"
         del mapped[name]
@@ -171,7 +171,8 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[set[
         of the model's tensors that `weights` lacks, which keep their initial values.
 
     Raises:
-        ValueError: if a tensor is missing, left over, of another shape, or another than what the model computes.
+        ValueError: if a tensor is missing, left over, of another shape, not finite, or another than what the model
+            computes.
     """
     own = model.state_dict()
     buffers = dict(model.named_buffers())
@@ -179,16 +180,17 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[set[
     changed = [name for name in recomputed if not torch.equal(weights[name].flatten(), buffers[name].flatten())]
     added = {name: reason for name in own.keys() - weights.keys() if (reason := _why_absent(name))}
     wrong = {
-        "are missing": own.keys() - weights.keys() - added.keys(),
-        "are left over": weights.keys() - own.keys() - recomputed,
-        "have another shape than the rest implies": {
+        "missing": own.keys() - weights.keys() - added.keys(),
+        "left over": weights.keys() - own.keys() - recomputed,
+        "of another shape than the rest implies": {
             name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
         },
-        "differ from what the model computes": changed,
+        "not finite": [name for name, value in weights.items() if not value.isfinite().all()],
+        "other than what the model computes": changed,
     }
-    problems = [f"{len(found)} tensors {what}, the first {min(found)!r}" for what, found in wrong.items() if found]
+    problems = [f"tensors {what}: {list_some(found)}" for what, found in wrong.items() if found]
     if problems:
-        raise ValueError("the checkpoint is of another network: " + "; ".join(problems) + ".")
+        raise ValueError("the checkpoint is damaged or of another network: " + "; ".join(problems) + ".")
     kept = {name: value for name, value in weights.items() if name not in recomputed}
     model.load_state_dict(kept | {name: own[name] for name in added}, strict=True)
     return set(recomputed), dict(sorted(added.items()))

@@ -1,15 +1,14 @@
 """Read a checkpoint file of others: its weights, and what it says about classes and settings."""
 
 import ast
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from .tensor_file import read_tensor_file
 
 
 # Entries beside the weights that hold tensors too.
@@ -50,7 +49,7 @@ def read_checkpoint(path: str | Path, trust_pickle: bool = False) -> PublicCheck
     before saving, so that plain names hold the average, and they are what mmdetection itself evaluates.
 
     Args:
-        path (`str` or `Path`): a file of `torch.save` or a safetensors file.
+        path (`str` or `Path`): a file of `torch.save` or of safetensors; its first bytes tell which.
         trust_pickle (`bool`): unpickle objects other than tensors and plain values, which runs code of whoever wrote
             the file.
 
@@ -60,14 +59,14 @@ def read_checkpoint(path: str | Path, trust_pickle: bool = False) -> PublicCheck
     Raises:
         FileNotFoundError: if `path` is no file.
         ValueError: if the file cannot be read, needs `trust_pickle`, holds no state dict, or holds tensors outside it
-            that nothing explains.
+            that nothing explains; what was found is in the message.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} is not a file.")
-    content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path, trust_pickle)
-    if not isinstance(content, Mapping) or not content:
+    content = read_tensor_file(path, trust_pickle)
+    if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a state dict.")
+    if not _holds_tensors(content):
+        entries = f"only {', '.join(map(repr, list(content)[:5]))}" if content else "nothing at all"
+        raise ValueError(f"{path} holds no tensor, {entries}; it must hold a state dict.")
     entry = next((name for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), None)
     weights, dropped = dict(content if entry is None else content[entry]), {}
     for name, value in content.items() if entry is not None else ():
@@ -76,10 +75,11 @@ def read_checkpoint(path: str | Path, trust_pickle: bool = False) -> PublicCheck
         if name not in _DROPPED_ENTRIES and _holds_tensors(value):
             raise ValueError(f"{path}: nothing explains the entry {name!r}, which holds tensors beside {entry!r}.")
         dropped[name] = _DROPPED_ENTRIES.get(name, "holds no tensor")
-    others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
-    if others:
-        kind = type(weights[others[0]]).__name__
-        raise ValueError(f"{path}: {others[0]!r} is a {kind}; a state dict holds only tensors.")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}; a state dict holds tensors by name.")
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"{path}: {name!r} is sparse, quantised or without values; only plain tensors are read.")
 
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
@@ -120,28 +120,16 @@ def stated_settings(text: str) -> dict[str, list]:
     return found
 
 
-def _unpickle(path: Path, trust: bool) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
-    except ImportError as error:
-        raise ValueError(f"{path} holds objects of a package that is not installed: {error}.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused and not trust:
-            raise ValueError(
-                f"{path} holds more than tensors and plain values: {refused[1]}. Reading it would run code of whoever "
-                "wrote the file; if you trust them, say so with --trust-pickle (trust_pickle=True)."
-            ) from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read by torch.load: {reason}") from error
-
-
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return isinstance(value, Tensor)
-    return any(map(_holds_tensors, value))
+    waiting, seen = [value], set()  # a file of others may hold a list that holds itself
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            return True
+        if isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
+    return False
 
 
 def _class_names(meta: Mapping[str, Any]) -> list[str] | None:

@@ -206,7 +206,7 @@ def detector_names(state_dict: Mapping[str, Tensor]) -> Mapping[str, object]:
             return MMDETECTION_NAMES[decoder_type, "mixture" if len(last_layer) == 8 else "box"]
     raise ValueError(
         "the names are of no D-RMM, Sparse R-CNN or AdaMixer detector of the mmdetection or detectron2 family: "
-        f"{_some(state_dict)}."
+        f"{list_some(state_dict)}."
     )
 
 
@@ -236,7 +236,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], names: Mapping[str, obj
                 raise ValueError(f"{name!r} becomes {ours!r}, which another tensor became before.")
             converted[ours] = part
     if unknown:
-        raise ValueError(f"{len(unknown)} names fit no pattern: {_some(unknown)}")
+        raise ValueError(f"no pattern fits {len(unknown)} of {len(state_dict)} names: {list_some(unknown)}.")
     return converted
 
 
@@ -255,6 +255,12 @@ def our_names(name: str, names: Mapping[str, object]) -> list[str]:
     return [_expand(template, match) for template in templates]
 
 
+def list_some(names: Iterable[str], limit: int = 5) -> str:
+    """Return the first of some names in alphabetical order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def _find(name: str, names: Mapping[str, object]) -> tuple[re.Match | None, object]:
     matches = ((re.fullmatch(pattern, name), target) for pattern, target in names.items())
     return next(((match, target) for match, target in matches if match), (None, None))
@@ -264,8 +270,3 @@ def _expand(template: str, match: re.Match) -> str:
     """Fill in a template's groups; one in braces is a number less another."""
     template = re.sub(r"\{(\d)-(\d)\}", lambda part: str(int(match[int(part[1])]) - int(part[2])), template)
     return match.expand(template)
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,50 @@
+"""Tell the folder of a model from its id on the Hub before the Hub is asked, which may take half a minute."""
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+
+# An id may have dots, as timm's do, but none ends like a file.
+_FILE_SUFFIX = re.compile(r"\.(safetensors|pth?|bin|ckpt|pkl|onnx|json|ya?ml|zip|tar|t?gz)$", re.IGNORECASE)
+
+
+def find_source(source: str | Path, argument: str = "model") -> str:
+    """Return the folder that a name means, or the name itself where only the Hub can know it.
+
+    A folder that exists is meant, whatever its name. Of other names, `name` and `owner/name` are ids on the Hub; a
+    path is what the Hub allows as no id ("./mine", "~/mine", "runs/mine/best", "/runs"), what ends like a file, and
+    what starts with a folder that exists ("runs/mine" beside "runs").
+
+    Args:
+        source (`str` or `Path`): folder, or id on the Hub. "~" is the home folder.
+        argument (`str`): its name in messages.
+
+    Returns:
+        `str`: an existing folder, or `source`.
+
+    Raises:
+        FileNotFoundError: if it is a path and does not exist.
+        NotADirectoryError: if it is a file.
+    """
+    source = str(source)
+    path = Path(os.path.expanduser(source))  # Path's own expanduser fails where there is no such home
+    if source and path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise NotADirectoryError(f"{argument} {source!r} is a file; give the folder that holds the model.")
+    reason = None
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        reason = "and no id on the Hub looks like this"
+    else:
+        if _FILE_SUFFIX.search(source):
+            reason = "and no id on the Hub ends like a file"
+        elif path.parent != Path() and path.parent.is_dir():
+            reason = f"but {str(path.parent)!r} does, and so the Hub was not asked"
+    if reason is not None:
+        raise FileNotFoundError(f"{argument} {source!r} does not exist, {reason}.")
+    return source
