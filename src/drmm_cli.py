@@ -7,8 +7,10 @@ not wait for that.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from importlib import import_module
+from pathlib import Path
 
 
 COMMANDS = {
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="drmm", description="End-to-end object detection with D-RMM.")
+    parser.add_argument("--version", action="version", version=f"drmm-hf {_version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (summary, example) in COMMANDS.items():
         command = subparsers.add_parser(
@@ -58,8 +61,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"drmm {args.command}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except _expected_errors() as error:
         if args.debug:
             raise
         print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of wrong arguments, files and values; a configuration's are imported only when needed."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return ValueError, OSError, FloatingPointError, StrictDataclassError
+
+
+def _version() -> str:
+    """Read the version of the package without importing it."""
+    text = (Path(__file__).with_name("drmm_hf") / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'__version__ = "(.+)"', text)[1]

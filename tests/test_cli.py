@@ -3,8 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 
 import drmm_cli as cli
+import drmm_hf
 
 
 @pytest.fixture
@@ -39,7 +41,14 @@ def test_every_command_shows_an_example(stub, capsys, command):
     assert f"example: drmm {command} " in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ConnectionError])
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"drmm-hf {drmm_hf.__version__}\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ConnectionError, StrictDataclassError])
 def test_a_wrong_value_is_said_in_one_line(stub, capsys, error):
     def run(args):
         raise error("value is 3:\n  must be 4")

@@ -2,10 +2,16 @@
 
 import difflib
 import math
+import types
 from dataclasses import fields
-from typing import Literal
+from functools import wraps
+from typing import Literal, Union, get_args, get_origin
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+    strict,
+)
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -154,8 +160,9 @@ class DrmmConfig(PreTrainedConfig):
             The data set's own category id of each label, for writing results.
 
     Raises:
-        ValueError: if a field is unknown (the nearest is named); wrong types and values raise the errors of
-            `huggingface_hub.dataclasses.strict`, which name field, value and rule.
+        ValueError: if a field is unknown (the nearest is named), or `id2label` is no dict.
+        StrictDataclassError: the error of `huggingface_hub.dataclasses.strict` for wrong types and values, in one
+            sentence that names field, value and rule.
     """
 
     model_type = "drmm"
@@ -235,6 +242,7 @@ class DrmmConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={kwargs[name]!r} is not a field of DrmmConfig; the nearest is {nearest[0]!r}."
                 )
+        _require(isinstance(self.id2label, dict | None), "id2label", self.id2label, "be a dict of names by label")
         if self.id2label is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = 80
         defaults = {
@@ -429,6 +437,43 @@ class DrmmConfig(PreTrainedConfig):
                 count = int(count * self.top_k_ratio + 1e-6)  # 1400 * 0.7 is 979.9999999999999
             counts.append(count)
         return counts
+
+
+def _speak_plainly(config_class: type) -> None:
+    """Make the errors of a strict class one sentence, without the words that `strict` wraps around their cause."""
+    set_field, validate = config_class.__setattr__, config_class.validate
+
+    @wraps(set_field)
+    def set_field_plainly(self, name, value):
+        try:
+            set_field(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            hint = next(field.type for field in fields(self) if field.name == name)
+            error.args = (f"{name}={value!r} must be {_in_words(hint)}.",)
+            raise
+
+    @wraps(validate)
+    def validate_plainly(self):
+        try:
+            validate(self)
+        except StrictDataclassClassValidationError as error:
+            error.args = (str(error.__cause__),)
+            raise
+
+    config_class.__setattr__, config_class.validate = set_field_plainly, validate_plainly
+
+
+def _in_words(hint) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    if hint is type(None):
+        return "None"
+    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+
+
+_speak_plainly(DrmmConfig)
 
 
 def _require(holds: bool, name: str, value, rule: str):
