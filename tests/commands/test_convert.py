@@ -57,3 +57,22 @@ def test_labels_that_do_not_fit_are_said(tmp_path, capsys):
     assert main(arguments) == 2
     assert "know 80 classes, but there are 2 names" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html><title>404</title>", "a web page: the download failed"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"", "is empty"),
+        (None, "is a folder"),
+    ],
+    ids=["web page", "pointer", "empty", "folder"],
+)
+def test_what_is_no_checkpoint_is_said_in_one_line_and_nothing_is_written(content, words, tmp_path, capsys):
+    path = tmp_path / "mödel.pth"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("drmm convert: ") and "mödel.pth" in said and words in said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mödel.pth"]

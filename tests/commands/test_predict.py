@@ -115,3 +115,12 @@ def test_an_unknown_device_is_named(model_folder, coco_folder, tmp_path, capsys)
     arguments = [str(model_folder), str(coco_folder / "val" / "0.png"), "--output", str(tmp_path)]
     assert main(["predict", *arguments, "--device", "banana"]) == 2
     assert "device is 'banana'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere/quickstrat/best", "./nowhere", "~/nowhere", "nowhere.safetensors"])
+def test_a_mistyped_folder_of_a_model_fails_without_the_hub(coco_folder, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr("drmm_hf.evaluation.predict.load_detector", lambda *args: pytest.fail("the Hub is asked"))
+    arguments = [name, str(coco_folder / "val" / "0.png"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"drmm predict: model {name!r} does not exist, ")
+    assert not (tmp_path / "out").exists()

@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
+    from ..conversion.model_source import find_source
+
+    name = find_source(args.model)
     paths = find_pictures(args.images)
 
     import datasets
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     files = [str(path) for path in paths]
     dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": files, "image": files})
     dataset = dataset.cast_column("image", datasets.Image())
-    model, processor = load_detector(args.model, args.device)
+    model, processor = load_detector(name, args.device)
     detections = predict(model, processor, dataset)
 
     names = model.config.id2label
