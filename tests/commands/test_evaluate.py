@@ -90,6 +90,7 @@ def test_what_is_wrong_is_said_in_words(model_folder, coco_folder, tmp_path, cap
     path.write_text(path.read_text().replace("square", "star"))
     assert main(["evaluate", str(model_folder), str(other)]) == 2
     assert "star" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("star", "square"))
     (other / "val" / "1.png").unlink()
     assert main(["evaluate", str(model_folder), str(other)]) == 2
     assert "1.png" in capsys.readouterr().err
@@ -133,14 +134,15 @@ def test_pictures_are_turned_as_their_annotations_see_them(model_folder, tmp_pat
     assert results[0] == results[1]
 
 
-def test_pictures_of_another_size_than_annotated_are_named(model_folder, coco_folder, tmp_path, capsys):
+def test_pictures_of_another_size_than_annotated_are_named(model_folder, coco_folder, tmp_path, capsys, caplog):
     content = json.loads((coco_folder / "annotations" / "instances_val.json").read_text())
     content["images"][1]["width"] = 160
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(content))
     options = ["--images", str(coco_folder / "val"), "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(model_folder), str(path), *options]) == 2
-    assert "'1.png' (image 10) is 80 x 60, its annotations say 160 x 60" in capsys.readouterr().err
+    said = capsys.readouterr().err + caplog.text
+    assert "1.png" in said and "80 x 60, its annotations say 160 x 60" in said
 
 
 def test_likelihoods_are_written_printed_and_set_beside_another_models(model_folder, coco_folder, tmp_path, capsys):
@@ -179,3 +181,37 @@ def test_likelihoods_of_other_objects_or_another_input_size_are_not_compared():
     for wrong in ([], {"num_images": 3}):
         with pytest.raises(ValueError, match=r"is no likelihood.json"):
             comparison_table(losses, wrong)
+
+
+def test_results_of_any_detector_are_measured_without_a_model(coco_folder, tmp_path, capsys):
+    """Right about one of two objects; with pictures, and with the annotation file alone."""
+    results = tmp_path / "results.json"
+    entries = [
+        {"image_id": 10, "category_id": 3, "bbox": [5.0, 8.0, 30.0, 25.0], "score": 0.75},
+        {"image_id": 20, "category_id": 8, "bbox": [50.0, 60.0, 5.0, 5.0], "score": 0.5},
+    ]
+    results.write_text(json.dumps(entries))
+    annotations = coco_folder / "annotations" / "instances_val.json"
+    for name, data, pictures in (("folder", coco_folder, True), ("file", annotations, False)):
+        output = tmp_path / name
+        assert main(["evaluate", str(data), "--detections", str(results), "--output", str(output)]) == 0
+        metrics = json.loads((output / "metrics.json").read_text())
+        assert metrics["AP_per_class"] == {"round": pytest.approx(1.0), "square": 0.0}
+        assert metrics["num_images"] == 3 and metrics["ECE"] == pytest.approx((0.25 + 0.5) / 2)
+        assert json.loads((output / "detections.json").read_text()) == entries
+        assert (output / "detections.jpg").exists() == pictures
+    capsys.readouterr()
+
+    entries[0]["image_id"] = 11
+    results.write_text(json.dumps(entries))
+    for arguments, message in (
+        ([str(coco_folder)], "DATA is missing"),
+        (
+            ["model", str(coco_folder), "--detections", str(results)],
+            "both the model 'model' and --detections are given",
+        ),
+        ([str(coco_folder), "--detections", str(results), "--losses"], "--losses needs a model"),
+        ([str(coco_folder), "--detections", str(results)], "1 pictures have no entry in the annotations: image_id 11"),
+    ):
+        assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err

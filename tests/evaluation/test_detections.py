@@ -134,3 +134,18 @@ def test_a_label_that_the_map_does_not_know_is_an_error():
     detections.add(1, result([[0, 0, 1, 1]], [0.5], [3]))
     with pytest.raises(ValueError, match="3"):
         detections.to_coco(LABELS)
+
+
+def test_what_is_no_list_of_coco_results_is_refused(tmp_path):
+    label_map = LabelMap((3,), ("cat",))
+    entry = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 0.5}
+    for content, message in (
+        ({"annotations": []}, "holds a dict; COCO results are a list of dicts"),
+        ([1], "COCO results are a list of dicts"),
+        ([entry, {"image_id": 1, "bbox": [0, 0, 1, 1]}], "entry 1 has no category_id, score"),
+        ([entry | {"category_id": 4}], "category id 4 is not in the label map"),
+    ):
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            Detections.load(path, label_map)

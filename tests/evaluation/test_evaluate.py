@@ -11,7 +11,7 @@ from drmm_hf.data.coco import canonical_dataset
 from drmm_hf.evaluation.calibration import calibration
 from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics, ground_truth
 from drmm_hf.evaluation.detections import Detections
-from drmm_hf.evaluation.evaluate import category_of_label, evaluate, measure
+from drmm_hf.evaluation.evaluate import category_of_label, class_table, evaluate, measure
 from drmm_hf.evaluation.predict import predict
 
 
@@ -199,6 +199,24 @@ def test_labels_in_another_order_are_matched_by_name(dataset):
 
 def test_category_of_label_follows_the_ids_of_the_config():
     assert category_of_label(config(("Traffic Light", "cat"), (4, 9)), CATEGORIES) == {0: 4, 1: 9}
+
+
+def test_placeholders_for_names_are_taken_for_category_ids():
+    placeholders = config([f"LABEL_{label}" for label in range(11)], None)
+    mapping = category_of_label(placeholders, CATEGORIES)
+    assert mapping == {4: 4, 9: 9}
+    table = class_table(placeholders, CATEGORIES, mapping).splitlines()
+    assert [line.split(maxsplit=3) for line in table[1:3]] == [
+        ["4", "LABEL_4", "4", "Traffic Light"],
+        ["9", "LABEL_9", "9", "cat"],
+    ]
+    assert table[3] == "9 classes of the model are not in the data; detections of them are left out"
+
+
+def test_a_class_table_ends_somewhere():
+    names = config(("traffic_light", "CAT"), None)
+    table = class_table(names, CATEGORIES, category_of_label(names, CATEGORIES), most=1).splitlines()
+    assert table[1].split(maxsplit=3) == ["0", "traffic_light", "4", "Traffic Light"] and table[2:] == ["and 1 more"]
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,28 @@
-"""Prediction with tiny random detectors of transformers: any model, any batch size, any precision."""
+"""Prediction with tiny random detectors of transformers: any model, any batch size, any precision, boxes right."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrImageProcessor,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     DeformableDetrImageProcessor,
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
+    DFineConfig,
+    DFineForObjectDetection,
+    HGNetV2Config,
     ResNetConfig,
+    RfDetrConfig,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrImageProcessor,
@@ -20,7 +31,12 @@ from transformers import (
     YolosForObjectDetection,
     YolosImageProcessor,
 )
+from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
+from conftest import tiny_config
+from drmm_cli import main
+from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.evaluation.predict import predict
 
 
@@ -103,7 +119,98 @@ def yolos():
     return YolosForObjectDetection(config), YolosImageProcessor(size=SMALL)
 
 
-DETECTORS = [detr, rt_detr, deformable_detr, yolos]
+def conditional_detr():
+    config = ConditionalDetrConfig(
+        use_timm_backbone=False,
+        backbone=None,
+        backbone_config=ResNetConfig(**RESNET, out_features=["stage4"]),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=7,
+        num_labels=3,
+    )
+    return ConditionalDetrForObjectDetection(config), ConditionalDetrImageProcessor(size=SMALL)
+
+
+def d_fine():
+    backbone = HGNetV2Config(
+        stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 8, 16, 16],
+        stage_mid_channels=[4, 4, 4, 4],
+        stage_out_channels=[8, 16, 16, 16],
+        stage_num_blocks=[1, 1, 1, 1],
+        stage_numb_of_layers=[1, 1, 1, 1],
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1, 1, 1, 1],
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = DFineConfig(
+        backbone_config=backbone,
+        encoder_hidden_dim=16,
+        encoder_in_channels=[16, 16, 16],
+        feat_channels=[16, 16, 16],
+        encoder_layers=1,
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        d_model=16,
+        num_queries=7,
+        decoder_in_channels=[16, 16, 16],
+        decoder_ffn_dim=16,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        num_denoising=0,
+        num_labels=3,
+    )
+    return DFineForObjectDetection(config), RTDetrImageProcessor(size={"height": 64, "width": 64})
+
+
+def rf_detr():
+    backbone = RfDetrDinov2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+        num_windows=2,
+        out_indices=[1, 2],
+    )
+    config = RfDetrConfig(
+        backbone_config=backbone,
+        d_model=32,
+        num_queries=7,
+        group_detr=2,
+        decoder_layers=1,
+        decoder_ffn_dim=16,
+        decoder_self_attention_heads=2,
+        decoder_cross_attention_heads=2,
+        num_labels=3,
+    )
+    return RfDetrForObjectDetection(config), RfDetrImageProcessor(size={"height": 64, "width": 64})
+
+
+def padded_detr():
+    """As the example scripts of transformers set it up: every picture is padded to one square."""
+    square = {"height": 96, "width": 96}
+    return detr()[0], DetrImageProcessor(size={"max_height": 96, "max_width": 96}, do_pad=True, pad_size=square)
+
+
+def softmax_rt_detr():
+    model, processor = rt_detr()
+    config = model.config
+    config.use_focal_loss = False
+    return RTDetrForObjectDetection(config), processor
+
+
+def drmm():
+    return DrmmForObjectDetection(tiny_config()), DrmmImageProcessor(size=SMALL)
+
+
+DETECTORS = [detr, conditional_detr, deformable_detr, rt_detr, d_fine, rf_detr, yolos]
 
 
 @pytest.fixture(scope="module", params=DETECTORS, ids=lambda make: make.__name__)
@@ -139,7 +246,8 @@ def test_every_detector_agrees_with_its_own_post_processing(detector):
         with torch.no_grad():
             outputs = model(**inputs)
         sizes = [(row["image"].height, row["image"].width)]
-        expected = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)[0]
+        options = {"top_k": 100} if isinstance(processor, RfDetrImageProcessor) else {}  # its default is fewer
+        expected = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes, **options)[0]
         order = expected["scores"].argsort(descending=True, stable=True)
         result = detections[row["image_id"]]
         assert len(result["scores"]) == len(order) >= 7
@@ -262,3 +370,95 @@ def test_wrong_arguments_are_refused(name):
 def test_a_processor_that_cannot_post_process_is_refused():
     with pytest.raises(ValueError, match="object, which has no post_process_object_detection"):
         predict(Recorder(), object(), [])
+
+
+LEVELS = [40, 90, 140, 190]  # every picture is of one grey, by which a patched model knows it
+OBJECTS = [  # (label, x, y, width, height): far from square, and the last picture is empty
+    (60, 40, [(0, 3, 2, 40, 10), (2, 50, 20, 8, 18), (2, 1, 30, 11, 9)]),
+    (40, 60, [(1, 5, 40, 30, 17)]),
+    (90, 50, [(0, 60, 5, 25, 30), (1, 2, 1, 9, 44)]),
+    (50, 50, []),
+]
+
+
+@pytest.fixture
+def coco_folder(tmp_path):
+    """Return a COCO folder of four grey pictures of four sizes, with categories 0, 1 and 2."""
+    images, annotations = [], []
+    for folder in ("annotations", "val"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index, (width, height, objects) in enumerate(OBJECTS):
+        Image.new("RGB", (width, height), (LEVELS[index],) * 3).save(tmp_path / "data" / "val" / f"{index}.png")
+        images.append({"id": index, "file_name": f"{index}.png", "width": width, "height": height})
+        for label, *bbox in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": index, "category_id": label, "bbox": bbox})
+            annotations[-1] |= {"area": bbox[2] * bbox[3], "iscrowd": 0}
+    categories = [{"id": index, "name": name} for index, name in enumerate(("round", "square", "long"))]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "data" / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    return tmp_path / "data"
+
+
+def perfect_forward(processor, softmax, of_unpadded):
+    """Return the forward of a model that finds every object, as fractions of its input or of the unpadded picture."""
+    greys = []
+    for (width, height, _), level in zip(OBJECTS, LEVELS, strict=True):
+        inputs = processor(images=[Image.new("RGB", (width, height), (level,) * 3)], return_tensors="pt")
+        greys.append(inputs["pixel_values"][0, 0, 0, 0].item())
+
+    def forward(self, pixel_values, pixel_mask=None, **kwargs):
+        logits = torch.full((len(pixel_values), 7, 4 if softmax else 3), -9.0)
+        boxes = torch.full((len(pixel_values), 7, 4), 0.5)
+        if softmax:
+            logits[..., 3] = 9.0
+        for row, pixels in enumerate(pixel_values[:, 0]):
+            index = int(np.argmin([abs(pixels[0, 0].item() - grey) for grey in greys]))
+            shown = (pixels - greys[index]).abs() < 0.02
+            part = torch.tensor([shown[0].sum() / shown.shape[1], shown[:, 0].sum() / shown.shape[0]])
+            width, height, objects = OBJECTS[index]
+            for query, (label, x, y, w, h) in enumerate(objects):
+                centre = torch.tensor([(x + w / 2) / width, (y + h / 2) / height])
+                box = torch.stack([centre, torch.tensor([w / width, h / height])])
+                boxes[row, query] = (box if of_unpadded else box * part).flatten()
+                logits[row, query] = -9.0
+                logits[row, query, label] = 9.0
+        return DetrObjectDetectionOutput(logits=logits, pred_boxes=boxes)
+
+    return forward
+
+
+@pytest.mark.parametrize("make", [*DETECTORS, padded_detr, softmax_rt_detr, drmm], ids=lambda make: make.__name__)
+def test_every_detector_that_is_right_scores_one_through_the_command(make, coco_folder, tmp_path, monkeypatch, capsys):
+    """First as it is, random; then with outputs that encode the annotations, in pictures of mixed sizes."""
+    monkeypatch.setattr("drmm_hf.commands.evaluate.draw_pictures", lambda *arguments: [])
+    torch.manual_seed(0)
+    model, processor = make()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    command = ["evaluate", str(tmp_path / "model"), str(coco_folder), "--batch-size", "2", "--device", "cpu"]
+    assert main([*command, "--output", str(tmp_path / "random")]) == 0
+    figures = json.loads((tmp_path / "random" / "metrics.json").read_text())
+    assert figures["AP"] < 0.5 and figures["num_detections"] > 4
+    assert ["2", "LABEL_2", "2", "long"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    softmax = make in (detr, padded_detr, yolos, softmax_rt_detr)
+    forward = perfect_forward(processor, softmax, of_unpadded=make is drmm)
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert main([*command, "--output", str(tmp_path / "right")]) == 0
+    figures = json.loads((tmp_path / "right" / "metrics.json").read_text())
+    assert figures["AP"] == pytest.approx(1.0) and figures["num_images"] == 4
+    found = json.loads((tmp_path / "right" / "detections.json").read_text())
+    expected = [(index, label, box) for index, (_, _, objects) in enumerate(OBJECTS) for label, *box in objects]
+    right = sorted((entry["image_id"], entry["category_id"], entry["bbox"]) for entry in found if entry["score"] > 0.9)
+    assert [entry[:2] for entry in right] == [entry[:2] for entry in sorted(expected)]
+    for entry, wanted in zip(right, sorted(expected), strict=True):
+        assert entry[2] == pytest.approx(wanted[2], abs=1e-3)
+
+
+def test_a_model_without_boxes_is_refused():
+    class Wordy(Recorder):
+        def forward(self, pixel_values):
+            return {"logits": torch.zeros(1, 1, 1)}
+
+    with pytest.raises(ValueError, match="output of the model has no pred_boxes"):
+        predict(Wordy(), Processor(), [{"image_id": 1, "image": Image.new("RGB", (10, 10))}], progress=False)

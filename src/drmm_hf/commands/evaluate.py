@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
+    from ..evaluation.detections import Detections
+
 _NUM_PICTURES = 4  # how many pictures are drawn
 
 
@@ -22,8 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (`argparse.ArgumentParser`): The command's parser.
     """
-    parser.add_argument("model", help="folder or Hub id of any transformers object detector")
-    parser.add_argument("data", help="COCO folder, Hub id, image folder, or a COCO json file (with --images)")
+    parser.usage = "drmm evaluate MODEL DATA [options]\n       drmm evaluate DATA --detections FILE [options]"
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of any transformers object detector")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="?",
+        help="COCO folder, Hub id, image folder, or a COCO json file (with --images)",
+    )
+    parser.add_argument(
+        "--detections", metavar="FILE", help="measure a json file of COCO results, of any detector, instead of a model"
+    )
     parser.add_argument("--split", default="val", help="split of the data (default: val)")
     parser.add_argument(
         "--output", default="runs/evaluate", metavar="DIR", help="where to write (default: runs/evaluate)"
@@ -59,41 +70,50 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
+    if args.detections is not None:
+        if args.data is not None:
+            raise ValueError(f"both the model {args.model!r} and --detections are given; the rule is one of them.")
+        if args.losses or args.against:
+            raise ValueError("--losses needs a model: boxes and scores alone have no density.")
+        args.model, args.data = None, args.model
+    elif args.data is None:
+        raise ValueError("DATA is missing: drmm evaluate MODEL DATA, or drmm evaluate DATA --detections FILE.")
+
     from transformers.utils import logging
 
     from ..data.coco import coco_paths, load_detection_dataset
     from ..evaluation.coco_metrics import ground_truth, load_annotations
-    from ..evaluation.evaluate import evaluate
+    from ..evaluation.evaluate import category_of_label, class_table, evaluate, measure
     from ..evaluation.likelihood import check_density, likelihoods, summarize
     from ..evaluation.predict import load_detector
 
     is_file = args.annotations is None and args.data.endswith(".json")
     source = str(Path(args.data).parent) if is_file else args.data
     places = {"images": args.images, "annotations": args.data if is_file else args.annotations}
-    paths = coco_paths(source, args.split, **places)
-    # A box without area is an error in training data; here it counts in the untouched annotations as COCO counts it.
-    dataset = load_detection_dataset(source, args.split, **places, invalid="skip")
-    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    if args.detections is not None and is_file and args.images is None:
+        dataset, annotations = None, load_annotations(args.data)  # pictures are only drawn
+    else:
+        paths = coco_paths(source, args.split, **places)
+        # A box without area is an error in training data; here it counts in the untouched annotations as in COCO.
+        dataset = load_detection_dataset(source, args.split, **places, invalid="skip")
+        annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
     logging.disable_progress_bar()  # of each weight that is loaded
     Path(args.output).mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
     other = None if args.against is None else json.loads(Path(args.against).read_text())
-    model, processor = load_detector(args.model, args.device)
-    if args.losses or other:
-        check_density(model.config)
+    options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
 
-    metrics = evaluate(
-        model,
-        processor,
-        dataset,
-        annotations,
-        args.output,
-        batch_size=args.batch_size,
-        top_k=args.top_k,
-        nms=args.nms,
-        wta=args.wta,
-    )
+    if args.model is None:
+        detections, mapping = load_results(args.detections, annotations)
+        metrics = measure(detections, annotations, mapping, args.output, **options)
+    else:
+        model, processor = load_detector(args.model, args.device)
+        if args.losses or other:
+            check_density(model.config)
+        categories = annotations["categories"]
+        print(class_table(model.config, categories, category_of_label(model.config, categories)), flush=True)
+        metrics = evaluate(model, processor, dataset, annotations, args.output, batch_size=args.batch_size, **options)
     written = ["metrics.json", "detections.json", *draw_pictures(dataset, annotations, Path(args.output))]
-    print(table(metrics))
+    print(f"\n{table(metrics)}")
     if args.losses or other:
         found = likelihoods(model, processor, dataset, annotations, batch_size=args.batch_size)
         losses = summarize(found, annotations)
@@ -104,6 +124,27 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{comparison_table(losses, other)}")
     print(f"written to {args.output}: {', '.join(written)}")
     return 0
+
+
+def load_results(path: str | Path, annotations: Mapping[str, Any]) -> tuple[Detections, dict[int, int]]:
+    """Read COCO results and tell which picture each belongs to.
+
+    Args:
+        path (`str` or `Path`): Json file of any detector.
+        annotations (`Mapping`): The COCO annotations. A picture without a result is one in which nothing was found.
+
+    Returns:
+        `tuple[Detections, dict[int, int]]`: The detections, and the category id of each of their labels.
+
+    Raises:
+        ValueError: If the file holds something else, or a category that the annotations do not have.
+    """
+    from ..data.labels import LabelMap
+    from ..evaluation.detections import Detections
+
+    label_map = LabelMap.from_categories(annotations["categories"])
+    detections = Detections.load(path, label_map, [record["id"] for record in annotations["images"]])
+    return detections, dict(enumerate(label_map.category_ids))
 
 
 def table(metrics: Mapping[str, Any]) -> str:
@@ -216,26 +257,42 @@ def _per_cent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def draw_pictures(dataset: datasets.Dataset, annotations: Mapping[str, Any], output: Path) -> list[str]:
+def draw_pictures(dataset: datasets.Dataset | None, annotations: Mapping[str, Any], output: Path) -> list[str]:
     """Draw a few pictures, annotations on the left and detections on the right, and the reliability diagram.
 
     Args:
-        dataset (`datasets.Dataset`): The evaluated pictures, in the canonical schema.
+        dataset (`datasets.Dataset`, *optional*): The evaluated pictures, in the canonical schema. None: draw none.
         annotations (`Mapping`): Their COCO annotations.
         output (`Path`): Folder that holds `detections.json` and `metrics.json`; the pictures go there too.
 
     Returns:
-        `list[str]`: Names of the files: `detections.jpg` and, where matplotlib is installed, `reliability.png`.
+        `list[str]`: Names of the files: `detections.jpg` if there are pictures and `reliability.png` if there is
+            matplotlib.
     """
-    import datasets
     from transformers.utils import is_matplotlib_available
+
+    from ..evaluation.calibration import CalibrationResult
+    from ..visualization.plots import reliability_diagram
+
+    names = []
+    if dataset is not None:
+        _draw_detections(dataset, annotations, output, output / "detections.jpg")
+        names.append("detections.jpg")
+    if is_matplotlib_available():
+        metrics = json.loads((output / "metrics.json").read_text())
+        reliability_diagram(CalibrationResult.from_dict(metrics["reliability"]), output / "reliability.png")
+        names.append("reliability.png")
+    return names
+
+
+def _draw_detections(dataset: datasets.Dataset, annotations: Mapping[str, Any], output: Path, path: Path) -> None:
+    """Draw a few pictures twice, with their annotations and with the detections of `output`."""
+    import datasets
 
     from ..data.labels import LabelMap
     from ..data.loading import load_image
-    from ..evaluation.calibration import CalibrationResult
     from ..evaluation.detections import Detections
     from ..visualization.draw_boxes import draw_boxes, grid
-    from ..visualization.plots import reliability_diagram
 
     label_map = LabelMap.from_categories(annotations["categories"])
     detections = Detections.load(output / "detections.json", label_map, dataset["image_id"])
@@ -256,9 +313,4 @@ def draw_pictures(dataset: datasets.Dataset, annotations: Mapping[str, Any], out
             draw_boxes(image, detections[row["image_id"]], label_map.id2label),
         ]
         captions += [f"{row['file_name']}: annotations", "detections scoring 0.3 and more"]
-    grid(images, columns=2, captions=captions).save(output / "detections.jpg", quality=90)
-    if not is_matplotlib_available():
-        return ["detections.jpg"]
-    metrics = json.loads((output / "metrics.json").read_text())
-    reliability_diagram(CalibrationResult.from_dict(metrics["reliability"]), output / "reliability.png")
-    return ["detections.jpg", "reliability.png"]
+    grid(images, columns=2, captions=captions).save(path, quality=90)

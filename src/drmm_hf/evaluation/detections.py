@@ -189,9 +189,15 @@ class Detections:
 
         Returns:
             `Detections`: The pictures of `image_ids` first, in that order.
+
+        Raises:
+            ValueError: If an entry lacks one of COCO's keys, or its category is not in the label map.
         """
         groups: dict[int, list[Mapping[str, Any]]] = {int(image_id): [] for image_id in image_ids}
-        for entry in entries:
+        for position, entry in enumerate(entries):
+            missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
+            if missing:
+                raise ValueError(f"entry {position} has no {', '.join(missing)}; a COCO result has all four keys.")
             groups.setdefault(int(entry["image_id"]), []).append(entry)
         detections = cls()
         for image_id, group in groups.items():
@@ -229,8 +235,14 @@ class Detections:
 
         Returns:
             `Detections`: What the file holds.
+
+        Raises:
+            ValueError: If it holds no COCO results, or of unknown categories.
         """
-        return cls.from_coco(json.loads(Path(path).read_text()), label_map, image_ids)
+        entries = json.loads(Path(path).read_text())
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path} holds a {type(entries).__name__}; COCO results are a list of dicts.")
+        return cls.from_coco(entries, label_map, image_ids)
 
 
 def _array(name: str, values: Any, image_id: int) -> np.ndarray:

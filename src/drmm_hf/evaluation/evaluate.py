@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,8 +148,9 @@ def category_of_label(config: Any, categories: Sequence[Mapping[str, Any]]) -> d
     """Find the category of the dataset that each class of a model stands for.
 
     A config with `category_ids` says it itself: the ids must be those of the dataset, under the same names. Otherwise
-    the names of `id2label` are looked up among the categories, whatever their case; classes that the dataset does not
-    have (such as the unused `N/A` of many COCO models) stand for none.
+    the names of `id2label` are looked up among the categories, whatever their case. If these are only transformers'
+    placeholders `LABEL_0`, `LABEL_1`, ..., labels are taken for category ids. Classes that the dataset does not have
+    (such as the unused `N/A` of many COCO models) stand for none.
 
     Args:
         config (`PreTrainedConfig`): Config of the model.
@@ -165,8 +167,11 @@ def category_of_label(config: Any, categories: Sequence[Mapping[str, Any]]) -> d
     known = {record["id"]: record["name"] for record in categories}
     category_ids = getattr(config, "category_ids", None)
     if category_ids is None:
-        by_name = {_plain(name): category_id for category_id, name in known.items()}
-        mapping = {label: by_name[_plain(name)] for label, name in names.items() if _plain(name) in by_name}
+        if all(re.fullmatch(r"LABEL_\d+", name) for name in names.values()):
+            mapping = {label: label for label in names if label in known}
+        else:
+            by_name = {_plain(name): category_id for category_id, name in known.items()}
+            mapping = {label: by_name[_plain(name)] for label, name in names.items() if _plain(name) in by_name}
         lacking = [name for category_id, name in known.items() if category_id not in mapping.values()]
         if lacking:
             raise ValueError(
@@ -193,6 +198,34 @@ def category_of_label(config: Any, categories: Sequence[Mapping[str, Any]]) -> d
                 "the rule is one name."
             )
     return mapping
+
+
+def class_table(
+    config: Any, categories: Sequence[Mapping[str, Any]], mapping: Mapping[int, int], most: int = 100
+) -> str:
+    """Say in a table which class of a model stands for which category of a dataset.
+
+    Args:
+        config (`PreTrainedConfig`): Config of the model.
+        categories (`Sequence[Mapping]`): Records of the dataset with `id` and `name`.
+        mapping (`Mapping[int, int]`): From `category_of_label`.
+        most (`int`): Number of classes that get a line.
+
+    Returns:
+        `str`: A line a class, then how many classes of the model stand for none.
+    """
+    names = {int(label): name for label, name in config.id2label.items()}
+    known = {record["id"]: record["name"] for record in categories}
+    width = max(len("class"), *(len(names[label]) for label in mapping))
+    lines = [f"{'label':>5}  {'class':<{width}}  {'category id':>11}  category"]
+    for label, category_id in list(mapping.items())[:most]:
+        lines.append(f"{label:>5}  {names[label]:<{width}}  {category_id:>11}  {known[category_id]}")
+    if len(mapping) > most:
+        lines.append(f"and {len(mapping) - most} more")
+    others = len(names) - len(mapping)
+    if others:
+        lines.append(f"{others} classes of the model are not in the data; detections of them are left out")
+    return "\n".join(lines)
 
 
 def check_images(annotations: Mapping[str, Any], image_ids: Sequence[int]) -> None:

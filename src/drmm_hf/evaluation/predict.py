@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -72,11 +73,14 @@ def predict(
     """Find the objects in every picture of a dataset.
 
     Each picture is processed alone, and only pictures of equal processed size share a batch: nothing is padded for the
-    sake of a batch, so the figures do not depend on `batch_size` (beyond rounding).
+    sake of a batch, so the figures do not depend on `batch_size` (beyond rounding). Detectors other than D-RMM see
+    unpadded pictures, even if their processor pads to a fixed size: transformers' processors make labels that are
+    fractions of the padded picture but read predictions as fractions of the unpadded one. Only without padding are
+    both the same box.
 
     Args:
-        model (`torch.nn.Module`): A transformers object detector: its output feeds the processor's
-            `post_process_object_detection`.
+        model (`torch.nn.Module`): A transformers object detector: its output has `logits` and `pred_boxes` and feeds
+            the processor's `post_process_object_detection`.
         processor (`Any`): The image processor of the model.
         dataset (`Iterable[Mapping]`): Rows with `image_id` and a PIL `image`, such as a canonical dataset, whose
             pictures are turned as their annotations see them. A row whose `image_id` was seen before is left out, so
@@ -90,8 +94,9 @@ def predict(
         `Detections`: One result a picture, in the order of the dataset, boxes in pixels of the original picture.
 
     Raises:
-        ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections, if a
-            picture is not of 8 bits or of another size than its annotations, or if a result is not finite.
+        ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections or the model
+            gives no boxes, if a picture is not of 8 bits or of another size than its annotations, or if a result is
+            not finite.
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; the rule is at least 1.")
@@ -99,11 +104,13 @@ def predict(
         raise ValueError(f"processor is a {type(processor).__name__}, which has no post_process_object_detection.")
     if device is not None:
         model.to(device)
+    is_drmm = getattr(getattr(model, "config", None), "model_type", None) == "drmm"
+    process = processor if is_drmm or not hasattr(processor, "do_pad") else partial(processor, do_pad=False)
     was_training = model.training
     model.eval()
     results: list[tuple[int, int, Mapping[str, Any]]] = []
     try:
-        for batch in picture_batches(processor, dataset, batch_size, progress, "predicting"):
+        for batch in picture_batches(process, dataset, batch_size, progress, "predicting"):
             found = _detect(model, processor, batch.inputs, batch.sizes, top_k)
             results += zip(batch.positions, batch.image_ids, found, strict=True)
     finally:
@@ -132,7 +139,7 @@ class PictureBatch(NamedTuple):
 
 
 def picture_batches(
-    processor: Any,
+    processor: Callable[..., Mapping[str, Any]],
     dataset: Iterable[Mapping[str, Any]],
     batch_size: int = 1,
     progress: bool = True,
@@ -141,7 +148,7 @@ def picture_batches(
     """Process each picture alone and yield batches of those that come out equally large.
 
     Args:
-        processor (`Any`): The image processor of a model.
+        processor (`Callable`): The image processor of a model.
         dataset (`Iterable[Mapping]`): As in `predict`; a repeated picture counts once.
         batch_size (`int`): Largest number of pictures in a batch.
         progress (`bool`): Whether to show a progress bar. It shows after two seconds only.
@@ -211,6 +218,9 @@ def _detect(
 ) -> list[Mapping[str, Any]]:
     """Run one batch and return the processor's result of each picture, on the CPU."""
     outputs = model(**to_model(inputs, model))
+    lacking = [name for name in ("logits", "pred_boxes") if name not in outputs]
+    if lacking:
+        raise ValueError(f"the output of the model has no {' and no '.join(lacking)}; a detector's has both.")
     for name in ("logits", "pred_boxes"):  # half precision cannot name a pixel of a large picture
         outputs[name] = outputs[name].float()
         # A processor would drop them without a word: no score is above a threshold if it is not a number.
@@ -219,8 +229,11 @@ def _detect(
 
     # Processors keep what lies strictly above the threshold: -1 keeps scores of exactly 0 too.
     options = {"threshold": -1.0, "target_sizes": torch.tensor(target_sizes)}
-    if "top_k" in inspect.signature(processor.post_process_object_detection).parameters:
+    known = inspect.signature(processor.post_process_object_detection).parameters
+    if "top_k" in known:
         options["top_k"] = top_k
+    if "use_focal_loss" in known:  # RT-DETR's processor does not know how the scores were trained, the model does
+        options["use_focal_loss"] = getattr(model.config, "use_focal_loss", True)
     results = processor.post_process_object_detection(outputs, **options)
     return [
         {name: value.cpu() for name, value in result.items() if isinstance(value, torch.Tensor)} for result in results
