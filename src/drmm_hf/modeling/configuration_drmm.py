@@ -29,6 +29,7 @@ _LIBRARY_KEYWORDS = {
     "output_attentions",
     "quantization_config",
     "tie_word_embeddings",
+    "use_cache",
     "_commit_hash",
     "_attn_implementation_internal",
     "_experts_implementation_internal",
@@ -166,6 +167,7 @@ class DrmmConfig(PreTrainedConfig):
     """
 
     model_type = "drmm"
+    keys_to_ignore_at_inference = ["loss_dict", "auxiliary_outputs", "last_hidden_state"]  # by transformers' Trainer
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,

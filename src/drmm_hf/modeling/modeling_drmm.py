@@ -216,6 +216,8 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
         config (`DrmmConfig`): every number of architecture and objective.
     """
 
+    accepts_loss_kwargs = False  # transformers' Trainer: the loss is a mean over pictures, whatever else it counts
+
     def __init__(self, config: DrmmConfig):
         super().__init__(config)
         self.model = DrmmModel(config)
