@@ -1,16 +1,20 @@
 import random
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from drmm_hf.data.augmentation import build_augmentation
 from drmm_hf.data.coco import canonical_dataset, categories, load_detection_dataset
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
-from drmm_hf.data.loading import DetectionDataset, collate, data_loader, load_image
+from drmm_hf.data.loading import DetectionDataset, collate, data_loader, load_image, read_image
 from drmm_hf.modeling.image_processing_drmm import DrmmImageProcessor
 
 
@@ -143,6 +147,41 @@ def test_16_bit_pictures_are_refused():
     grey = Image.fromarray(np.full((5, 6), 4000, dtype=np.uint16))
     with pytest.raises(ValueError, match=r"'one\.jpg' \(image 1\) has pixels of mode 'I;?1?6?'"):
         read(one_row(grey, 6, 5))
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.data())
+@settings(max_examples=60)
+def test_pictures_are_decoded_as_pillow_does(height, width, data):
+    """Whatever the kind of file, the loader's own decoder gives the pixels of the plain path."""
+    modes = {"JPEG": ["RGB", "L", "CMYK", "YCbCr"], "PNG": ["RGB", "L", "RGBA", "P", "1"], "WEBP": ["RGB", "RGBA"]}
+    options = {"JPEG": {"quality": data.draw(st.sampled_from([10, 75, 95])), "progressive": data.draw(st.booleans())}}
+    kind = data.draw(st.sampled_from(["JPEG", "JPEG", "PNG", "WEBP"]))
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    exif, turns = Image.Exif(), data.draw(st.sampled_from([None, 1, 3, 6, 0, 9]))
+    if turns is not None:
+        exif[0x0112] = turns
+    file = BytesIO()
+    image = Image.fromarray(pixels).convert(data.draw(st.sampled_from(modes[kind])))
+    image.save(file, kind, exif=exif, **options.get(kind, {}))
+    if turns == 6 and data.draw(st.booleans()):  # annotated as it is displayed
+        height, width = width, height
+    row = {"image_id": 1, "image": {"bytes": file.getvalue(), "path": None}, "width": width, "height": height}
+    decoded, plain = read_image(row), F.pil_to_tensor(load_image(row))
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == plain.shape == (3, height, width)
+    assert (decoded.int() - plain.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "missing"])
+def test_unreadable_pictures_are_named(tmp_path, damage):
+    path = tmp_path / "one.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": b"\xff\xd8" + bytes(99)}.get(damage, data))
+    if damage == "missing":
+        path = tmp_path / "two.jpg"
+    with pytest.raises(OSError, match=r"'one\.jpg' \(image 1\) cannot be read: "):
+        read(one_row(str(path), 50, 40))
 
 
 def test_decoded_rows_are_taken_too(shapes):

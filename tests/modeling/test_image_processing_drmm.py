@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.v2 import functional as F  # noqa: N812
 from transformers import DeformableDetrImageProcessor
 
 from drmm_hf.modeling.image_processing_drmm import DrmmImageProcessor
@@ -147,6 +148,49 @@ class TestPixels:
             alone = processor(images=[images[i]], return_tensors="pt")
             assert torch.equal(batch["pixel_values"][place], alone["pixel_values"][0])
             assert torch.equal(batch["pixel_mask"][place], alone["pixel_mask"][0])
+
+    @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=3), st.sampled_from(["planes", "pixels", "PIL"]))
+    @settings(max_examples=40)
+    def test_pixels_are_those_of_the_plain_path(self, shapes, kind):
+        """Resize bytes plane by plane, divide by 255, normalise, paste: whatever the memory order of the picture."""
+        images = [picture(*shape, seed=i) for i, shape in enumerate(shapes)]
+        as_kind = {
+            "planes": lambda image: image,
+            "pixels": lambda image: image.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+            "PIL": F.to_pil_image,
+        }[kind]
+        batch = DrmmImageProcessor(size=SMALL)(images=[as_kind(image) for image in images], return_tensors="pt")
+        mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        for image, values, mask in zip(images, batch["pixel_values"], batch["pixel_mask"], strict=True):
+            height, width = (int(mask.amax(axis).sum()) for axis in (1, 0))
+            assert mask.sum() == height * width
+            expected = torch.zeros_like(values)
+            small = torch.nn.functional.interpolate(
+                image[None].double(), (height, width), mode="bilinear", antialias=True
+            )[0]
+            expected[:, :height, :width] = (small / 255 - mean) / std
+            # Bytes are rounded after each of the two directions, and a byte is up to 1 / 255 / 0.224 here.
+            assert (values - expected).abs().max() <= 1.01 / 255 / 0.224
+            exact = F.resize(image, [height, width], antialias=True).double()
+            expected[:, :height, :width] = (exact / 255 - mean) / std
+            torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
+
+    def test_pictures_of_the_caller_are_left_alone(self):
+        images = [picture(20, 30), torch.rand(3, 20, 30)]
+        before = [image.clone() for image in images]
+        for switches in ({}, {"do_resize": False}, {"do_resize": False, "do_pad": False}):
+            for image in images:
+                DrmmImageProcessor(size=SMALL)(images=[image], **switches)
+        assert all(torch.equal(*pair) for pair in zip(images, before, strict=True))
+
+    def test_workers_build_batches_in_shared_memory(self, monkeypatch):
+        images = [picture(20, 30), picture(30, 20)]
+        here = DrmmImageProcessor(size=SMALL)(images=images)
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=0))
+        there = DrmmImageProcessor(size=SMALL)(images=images)
+        for name in ("pixel_values", "pixel_mask"):
+            assert there[name].is_shared() and not here[name].is_shared()
+            assert torch.equal(there[name], here[name])
 
 
 class TestLabels:

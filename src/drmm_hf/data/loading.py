@@ -10,15 +10,18 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from .augmentation import Augmentation
@@ -58,6 +61,32 @@ def load_image(row: Mapping[str, Any]) -> Image.Image:
     if image.size != size:
         raise ValueError(f"{name} is {image.width} x {image.height}, its annotations say {size[0]} x {size[1]}")
     return image.convert("RGB")
+
+
+def read_image(row: Mapping[str, Any]) -> Tensor:
+    """Decode the picture of a canonical row into a tensor, faster than `load_image` where it is a plain JPEG.
+
+    Args:
+        row (`Mapping`): A canonical row with its picture undecoded (`{"bytes", "path"}`).
+
+    Returns:
+        `Tensor` of shape `(3, height, width)`: The pixels of `load_image`, uint8, in channels-last memory order.
+
+    Raises:
+        ValueError: As `load_image` does.
+        OSError: As `load_image` does.
+    """
+    try:
+        source = row["image"]
+        data = Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
+        with Image.open(BytesIO(data)) as header:
+            is_upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            is_plain = header.format == "JPEG" and header.mode in ("RGB", "L") and is_upright
+            if is_plain and header.size == (row["width"], row["height"]):
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except (OSError, RuntimeError):
+        pass  # said better below
+    return F.pil_to_tensor(load_image(row))
 
 
 class DetectionDataset(torch.utils.data.Dataset):
@@ -104,7 +133,7 @@ class DetectionDataset(torch.utils.data.Dataset):
             and `annotations`, whose `category_id` is the class label and `bbox` xywh in pixels of that picture.
         """
         row = self.dataset[index]
-        image = F.pil_to_tensor(load_image(row))
+        image = read_image(row)
         objects = [{**item, "category_id": self.label_map.label(item["category_id"])} for item in row["objects"]]
         if self.augmentation is not None:
             with _random_state(self.seed, int(self.epoch), index):

@@ -6,14 +6,15 @@ pixels at the bottom and the right, so no box depends on it.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
@@ -96,6 +97,26 @@ class DrmmImageProcessor(TorchvisionBackend):
         """
         return super().preprocess(images, annotations, **kwargs)
 
+    def process_image(self, image: ImageInput, do_convert_rgb=None, input_data_format=None, device=None, **kwargs):
+        """Turn a picture of any kind into a tensor; one that is already RGB and channels-first stays as it lies.
+
+        Decoders give pictures whose memory is channels-last, which is what resizing is fastest on.
+
+        Args:
+            image: PIL, numpy array or tensor.
+            do_convert_rgb: Whether to convert it to RGB.
+            input_data_format: Where its channels are; by default found from its shape.
+            device: Where to put it; by default it stays.
+            **kwargs: Passed to the backend.
+
+        Returns:
+            (3, H, W), or with another number of channels without `do_convert_rgb`.
+        """
+        is_rgb = isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] == 3
+        if is_rgb and input_data_format in (None, ChannelDimension.FIRST):
+            return image.to(device)
+        return super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
+
     def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
         """Resize pictures of one size by the rule of the class docstring, or by another kind of `size`.
 
@@ -112,17 +133,28 @@ class DrmmImageProcessor(TorchvisionBackend):
             height, width = image.shape[-2:]
             scale = min(size.longest_edge / max(height, width), size.shortest_edge / min(height, width))
             size = SizeDict(height=max(1, int(height * scale + 0.5)), width=max(1, int(width * scale + 0.5)))
+        if image.ndim == 3 and image.dtype == torch.uint8 and image.device.type == "cpu":
+            # The kernel for bytes works on channels-last memory: other pictures are rearranged there and back.
+            image = image[None].contiguous(memory_format=torch.channels_last)[0]
         return super().resize(image, size=size, resample=resample, **kwargs)
 
     def pad(
-        self, images: list[torch.Tensor], pad_size: SizeDict | None = None, size_divisor: int | None = None, **kwargs
+        self,
+        images: list[torch.Tensor],
+        pad_size: SizeDict | None = None,
+        size_divisor: int | None = None,
+        scales: Sequence[float] | None = None,
+        shifts: Sequence[float] | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put pictures into the top-left corner of one zero batch.
+        """Put pictures into the top-left corner of one zero batch, and normalise them on the way.
 
         Args:
-            images: (3, h, w) each, normalised.
+            images: (3, h, w) each, of any dtype.
             pad_size: Size of the batch; by default the largest height and width, rounded up.
             size_divisor: What to round up to, `self.size_divisor` by default.
+            scales: What each channel is multiplied by.
+            shifts: What is then subtracted from each channel.
             **kwargs: Ignored; the backend's signature has more.
 
         Returns:
@@ -142,11 +174,20 @@ class DrmmImageProcessor(TorchvisionBackend):
         if height < largest[0] or width < largest[1]:
             raise ValueError(f"pad_size={(height, width)}: must not be smaller than the resized picture {largest}")
         first = images[0]
-        pixel_values = first.new_zeros(len(images), first.shape[0], height, width, dtype=torch.float32)
-        pixel_mask = first.new_zeros(len(images), height, width, dtype=torch.int64)
+        pixel_values = _empty((len(images), first.shape[0], height, width), torch.float32, first.device)
+        pixel_mask = _empty((len(images), height, width), torch.int64, first.device)
         for image, values, mask in zip(images, pixel_values, pixel_mask, strict=True):
-            values[:, : image.shape[-2], : image.shape[-1]] = image
-            mask[: image.shape[-2], : image.shape[-1]] = 1
+            bottom, right = image.shape[-2:]
+            for channel, plane in enumerate(values[:, :bottom, :right]):  # one at a time stays in the cache
+                plane.copy_(image[channel])
+                if scales is not None:
+                    plane.mul_(scales[channel])
+                if shifts is not None:
+                    plane.sub_(shifts[channel])
+            mask[:bottom, :right] = 1
+            for canvas in (values, mask):
+                canvas[..., bottom:, :] = 0
+                canvas[..., :bottom, right:] = 0
         return pixel_values, pixel_mask
 
     def _preprocess(
@@ -164,7 +205,6 @@ class DrmmImageProcessor(TorchvisionBackend):
         do_pad: bool,
         pad_size: SizeDict | None,
         size_divisor: int,
-        disable_grouping: bool | None,
         return_tensors,
         **kwargs,
     ) -> BatchFeature:
@@ -172,23 +212,20 @@ class DrmmImageProcessor(TorchvisionBackend):
         if annotations is not None and len(annotations) != len(images):
             raise ValueError(f"annotations: {len(annotations)} given for {len(images)} images; must be one an image")
 
-        groups, order = group_images_by_shape(images, disable_grouping=disable_grouping)
-        for shape, group in groups.items():
-            if do_resize:
-                group = self.resize(group, size=size, resample=resample)
-            groups[shape] = self.rescale_and_normalize(
-                group, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
-        resized = reorder_images(groups, order)
-
+        resized = [self.resize(image, size=size, resample=resample) if do_resize else image for image in images]
         sizes = {tuple(image.shape[-2:]) for image in resized}
-        if do_pad:
-            pixel_values, pixel_mask = self.pad(resized, pad_size=pad_size, size_divisor=size_divisor)
-            data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
-        elif len(sizes) == 1:
-            data = {"pixel_values": torch.stack(resized).float()}
+        if not do_pad:
+            if len(sizes) > 1:
+                raise ValueError(f"do_pad=False: images of one batch must have one size after the resize, got {sizes}")
+            pad_size = SizeDict(height=resized[0].shape[-2], width=resized[0].shape[-1])
+        factor = rescale_factor if do_rescale else 1.0
+        if do_normalize:
+            scales = [factor / std for std in image_std]
+            shifts = [mean / std for mean, std in zip(image_mean, image_std, strict=True)]
         else:
-            raise ValueError(f"do_pad=False: images of one batch must have one size after the resize, got {sizes}")
+            scales, shifts = [factor] * resized[0].shape[0] if do_rescale else None, None
+        pixel_values, pixel_mask = self.pad(resized, pad_size, size_divisor, scales, shifts)
+        data = {"pixel_values": pixel_values} | ({"pixel_mask": pixel_mask} if do_pad else {})
         batch = BatchFeature(data, tensor_type=return_tensors)
         if annotations is not None:
             batch["labels"] = [
@@ -262,6 +299,14 @@ class DrmmImageProcessor(TorchvisionBackend):
         # Scores fall, so those above the threshold are the first ones: one transfer for the batch.
         counts = (scores > threshold).sum(1).tolist()
         return [{name: field[i, :count] for name, field in fields.items()} for i, count in enumerate(counts)]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Allocate a tensor; in a worker of a `DataLoader` in shared memory, to which it would be copied later."""
+    if torch.utils.data.get_worker_info() is None or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _box_unit(target_sizes, batch_size: int, device: torch.device) -> torch.Tensor:
