@@ -32,9 +32,9 @@ def test_the_lines_of_inference_in_the_readme_run(tmp_path, monkeypatch):
 
 
 def test_the_decoder_of_ones_own_learns():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_decoder.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_decoder.md").read_text(), re.DOTALL)
     scope = {}
-    exec(code, scope)
+    exec("\n".join(blocks), scope)
     assert scope["losses"][-1] < 0.5 * scope["losses"][0]
     assert (scope["scores"] > 0.5).all()
     boxes, best = scope["mixture"].boxes, scope["best"]
@@ -42,6 +42,15 @@ def test_the_decoder_of_ones_own_learns():
     distance = (boxes[range(2), best][:, None] - expected).abs().amax(-1)
     distance[0, 1] = torch.inf  # padding
     assert (distance.min(-1).values < 4).all()
+
+    # The criterion of one's own: D-RMM's terms as they are, and its own for every stage.
+    names = {f"{name}.stage{stage}" for name in ("nll", "mcm", "l1") for stage in range(2)}
+    outputs = scope["outputs"]
+    assert scope["parts"].keys() == outputs.loss_dict.keys() == names
+    assert 0 < scope["parts"]["l1.stage1"] < 0.5 < outputs.loss_dict["l1.stage1"]
+    weights = {"nll": 1, "mcm": 0.5, "l1": 1}
+    total = sum(weights[name.split(".")[0]] * value for name, value in outputs.loss_dict.items())
+    torch.testing.assert_close(outputs.loss, total)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
