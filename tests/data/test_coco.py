@@ -1,12 +1,10 @@
-import json
 import logging
 import os
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Sequence, Value, load_from_disk
+from datasets import Dataset, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +16,6 @@ from drmm_hf.data.coco import (
     coco_paths,
     load_coco,
     load_detection_dataset,
-    prove_box_format,
     save_coco,
 )
 
@@ -113,7 +110,7 @@ def test_json_and_folder_pair(coco_folder, tmp_path):
 
 def test_unknown_split_lists_the_known_ones(coco_folder):
     folder, _ = coco_folder
-    with pytest.raises(ValueError, match=r"split 'test' is not in .*annotations: it has \['val'\]"):
+    with pytest.raises(ValueError, match=r"split 'test' is not in .*: it has \['val'\]"):
         load_detection_dataset(folder, "test")
 
 
@@ -154,7 +151,7 @@ BROKEN = {
     "no name": (("images", 1, "file_name", None), r"images\[1\] \(id 3\): file_name is None"),
     "category id twice": (("categories", 1, "id", 90), r"categories\[1\]: id 90 is taken by 'crab'"),
     "category name": (("categories", 1, "name", 3), r"categories\[1\]: name is 3"),
-    "not a record": (("annotations", 1, None, 5), r"annotations\[1\] is 5, must be an object"),
+    "not a record": (("annotations", 1, None, 5), r"annotations\[1\]: 5 must be an object"),
 }
 
 
@@ -190,7 +187,7 @@ def test_bad_files(coco_folder, content):
 def test_missing_pictures_are_counted_and_named(coco_folder):
     folder, _ = coco_folder
     (folder / "val" / "sub" / "a.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 pictures .*'sub/a\.jpg' \(image 3\)"):
+    with pytest.raises(FileNotFoundError, match=r"1 pictures that do not exist\n.*'sub/a\.jpg' \(image 3\)"):
         load_detection_dataset(folder, "val")
 
 
@@ -215,12 +212,12 @@ def one_picture_named(name):
 def test_boxes_without_area_are_an_error_or_counted(coco_folder, content, caplog, bbox):
     content["annotations"][2]["bbox"] = bbox
     folder = coco_folder[1](content)
-    with pytest.raises(ValueError, match=r"1 of 3 boxes have no area inside .*\n.*annotations\[2\] \(id 8\)"):
+    with pytest.raises(ValueError, match=r"1 boxes without area inside .*\n.*annotations\[2\] \(id 8\)"):
         load_detection_dataset(folder, "val")
     with caplog.at_level(logging.WARNING, logger="drmm_hf"):
         dataset = load_detection_dataset(folder, "val", invalid="skip")
     assert [item["id"] for row in rows_of(dataset) for item in row["objects"]] == [5, 21]
-    assert "1 of 3 boxes" in caplog.text
+    assert "1 boxes without area" in caplog.text
     with pytest.raises(ValueError, match="invalid is 'drop'"):
         load_detection_dataset(folder, "val", invalid="drop")
 
@@ -294,241 +291,8 @@ def test_saved_folder_is_what_pycocotools_reads(coco_folder, tmp_path, content):
 
 def test_equal_file_names_are_not_overwritten(tmp_path):
     dataset = one_picture_named("a.png")
-    with pytest.raises(ValueError, match="'a.png' occurs twice"):
+    with pytest.raises(ValueError, match=r"'a.png' \(image 1\) occurs twice"):
         save_coco(datasets.concatenate_datasets([dataset, dataset]), tmp_path, "val")
-
-
-# `datasets` sources --------------------------------------------------------------------------------------------------
-
-
-SIZE = (64, 48)  # width, height
-BOXES = [[[3.0, 20.0, 20.0, 16.0], [40.0, 5.0, 20.0, 30.0]], [], [[10.0, 30.0, 12.0, 14.0], [2.0, 3.0, 60.0, 40.0]]]
-NAMES = ["newt", "crab"]
-TO = {
-    "xywh": lambda x, y, w, h: [x, y, w, h],
-    "xyxy": lambda x, y, w, h: [x, y, x + w, y + h],
-    "cxcywh": lambda x, y, w, h: [x + w / 2, y + h / 2, w, h],
-}
-
-
-def hub_like(tmp_path, layout="dict", category="category", kind="ClassLabel", box_format="xywh", **extra):
-    """Write a parquet dataset as the Hub holds them; returns its folder."""
-    feature = {"ClassLabel": ClassLabel(names=NAMES), "int": Value("int64"), "string": Value("string")}[kind]
-    entry = {"ClassLabel": lambda i: i, "int": lambda i: 10 + i, "string": lambda i: NAMES[i]}[kind]
-    fields = {"bbox": List(Value("float32"), length=4), category: feature}
-    columns = {"bbox": lambda i, box: TO[box_format](*box), category: lambda i, box: entry(i % 2)}
-    if extra.get("area", True):
-        fields["area"], columns["area"] = Value("float64"), lambda i, box: box[2] * box[3] * extra.get("fill", 1.0)
-    if extra.get("iscrowd"):
-        fields["iscrowd"], columns["iscrowd"] = Value("int64"), lambda i, box: i % 2
-    rows = []
-    for boxes in BOXES:
-        if layout == "dict":
-            rows.append({name: [make(i, box) for i, box in enumerate(boxes)] for name, make in columns.items()})
-        else:
-            rows.append([{name: make(i, box) for name, make in columns.items()} for i, box in enumerate(boxes)])
-    features = {"image": datasets.Image(), "objects": Sequence(fields) if layout == "dict" else List(fields)}
-    data = {"image": [Image.new("RGB", SIZE, (i, 0, 0)) for i in range(3)], "objects": rows}
-    if extra.get("image_id", True):
-        features["image_id"], data["image_id"] = Value("int64"), [100, 50, 75]
-    if extra.get("size", True):
-        features |= {"width": Value("int32"), "height": Value("int32")}
-        data |= {"width": [SIZE[0]] * 3, "height": [SIZE[1]] * 3}
-    dataset = Dataset.from_dict(data, features=Features(features))
-    (tmp_path / "data").mkdir(exist_ok=True)
-    dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.mark.parametrize("layout", ["dict", "list"])
-@pytest.mark.parametrize("category", ["category", "category_id"])
-def test_both_layouts_and_both_category_keys(tmp_path, layout, category):
-    folder = hub_like(tmp_path, layout, category, iscrowd=True)
-    dataset = load_detection_dataset(folder, "train", bbox_format="xywh")
-    assert dataset.features == FEATURES
-    assert categories(dataset) == [{"id": 0, "name": "newt"}, {"id": 1, "name": "crab"}]
-    rows = rows_of(dataset)
-    assert [row["image_id"] for row in rows] == [100, 50, 75]
-    assert [[item["bbox"] for item in row["objects"]] for row in rows] == BOXES
-    assert [item["iscrowd"] for row in rows for item in row["objects"]] == [0, 1, 0, 1]
-    assert [item["category_id"] for row in rows for item in row["objects"]] == [0, 1, 0, 1]
-    assert [item["id"] for row in rows for item in row["objects"]] == [1, 2, 3, 4]
-    assert len({row["file_name"] for row in rows}) == 3
-    assert np.asarray(dataset[2]["image"])[0, 0].tolist() == [2, 0, 0]
-
-
-@pytest.mark.parametrize("box_format", TO)
-@pytest.mark.parametrize("fill", [1.0, 0.4])
-def test_box_formats_are_proven_or_given(tmp_path, box_format, fill):
-    folder = hub_like(tmp_path, box_format=box_format, fill=fill)
-    for argument in (None, box_format):
-        dataset = load_detection_dataset(folder, "train", bbox_format=argument)
-        assert [[item["bbox"] for item in row["objects"]] for row in rows_of(dataset)] == BOXES
-
-
-def test_missing_columns_are_worked_out(tmp_path):
-    folder = hub_like(tmp_path, box_format="xyxy", area=False, image_id=False, size=False)
-    rows = rows_of(load_detection_dataset(folder, "train", bbox_format="xyxy"))
-    assert [row["image_id"] for row in rows] == [0, 1, 2]
-    assert {(row["width"], row["height"]) for row in rows} == {SIZE}
-    assert [item["area"] for row in rows for item in row["objects"]] == [320.0, 600.0, 168.0, 2400.0]
-
-
-@pytest.mark.parametrize("kind", ["int", "string"])
-def test_categories_without_class_label(tmp_path, kind, caplog):
-    folder = hub_like(tmp_path, kind=kind)
-    with caplog.at_level(logging.WARNING, logger="drmm_hf"):
-        dataset = load_detection_dataset(folder, "train")
-    found = [item["category_id"] for row in rows_of(dataset) for item in row["objects"]]
-    if kind == "int":
-        assert categories(dataset) == [{"id": 10, "name": "10"}, {"id": 11, "name": "11"}]
-        assert found == [10, 11, 10, 11]
-    else:  # sorted by name
-        assert categories(dataset) == [{"id": 0, "name": "crab"}, {"id": 1, "name": "newt"}]
-        assert found == [1, 0, 1, 0]
-    assert "names no categories" in caplog.text
-    given_ids = (11, 10) if kind == "int" else (5, 3)
-    records = [{"id": given_ids[0], "name": "crab"}, {"id": given_ids[1], "name": "newt"}]
-    dataset = load_detection_dataset(folder, "train", categories=records)
-    assert categories(dataset) == records
-    found = [item["category_id"] for row in rows_of(dataset) for item in row["objects"]]
-    assert found == ([10, 11, 10, 11] if kind == "int" else [3, 5, 3, 5])
-    with pytest.raises(ValueError, match=r"row 0 \(image 100\), objects\[0\]: category_id"):
-        load_detection_dataset(folder, "train", categories=[{"id": given_ids[0], "name": "crab"}])
-
-
-def test_categories_are_those_of_all_splits():
-    objects = Sequence({"bbox": List(Value("float64"), length=4), "category": Value("string")})
-    features = Features({"image": datasets.Image(), "objects": objects})
-
-    def part(names):
-        row = {"bbox": [[1.0, 2.0, 3.0, 4.0]] * len(names), "category": names}
-        return Dataset.from_dict({"image": [Image.new("RGB", SIZE)], "objects": [row]}, features=features)
-
-    from drmm_hf.data import coco
-
-    splits = DatasetDict(train=part(["b", "c"]), test=part(["a"]))
-    for split in splits:
-        dataset = coco._from_datasets(splits, split, "here", None, "xywh", "error")
-        assert [record["name"] for record in categories(dataset)] == ["a", "b", "c"]
-
-
-def test_imagefolder_with_metadata(tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        lines = []
-        for i, boxes in enumerate(BOXES):
-            Image.new("RGB", SIZE).save(tmp_path / split / f"{i}.png")
-            lines.append({"file_name": f"{i}.png", "objects": {"bbox": boxes, "category": [i] * len(boxes)}})
-        (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    dataset = load_detection_dataset(tmp_path, "test", bbox_format="xywh")
-    assert [row["file_name"] for row in rows_of(dataset)] == ["0.png", "1.png", "2.png"]
-    assert [[item["bbox"] for item in row["objects"]] for row in rows_of(dataset)] == BOXES
-    assert [record["id"] for record in categories(dataset)] == [0, 2]
-    assert Path(dataset.cast_column("image", datasets.Image(decode=False))[0]["image"]["path"]).is_file()
-    with pytest.raises(ValueError, match=r"split 'val' is not in .*\['test', 'train'\]"):
-        load_detection_dataset(tmp_path, "val", bbox_format="xywh")
-
-
-def test_errors_of_datasets_sources(tmp_path):
-    from drmm_hf.data import coco
-
-    folder = hub_like(tmp_path)
-    with pytest.raises(ValueError, match="bbox_format is 'yxyx'"):
-        load_detection_dataset(folder, "train", bbox_format="yxyx")
-    splits = DatasetDict(train=Dataset.from_dict({"picture": [1]}))
-    with pytest.raises(ValueError, match=r"has no column 'image': it has \['picture'\]"):
-        coco._from_datasets(splits, "train", "here", None, None, "error")
-    features = Features(
-        {
-            "image": datasets.Image(),
-            "objects": {"bbox": List(List(Value("float64"))), "category": List(Value("int64"))},
-        }
-    )
-    bad = {"image": [Image.new("RGB", SIZE)], "objects": [{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": [1, 2]}]}
-    splits = DatasetDict(train=Dataset.from_dict(bad, features=features))
-    with pytest.raises(ValueError, match=r"here, split train, row 0: the lists of objects differ in length"):
-        coco._from_datasets(splits, "train", "here", None, "xywh", "error")
-    bad["objects"] = [{"bbox": [[1.0, 2.0, 3.0]], "category": [1]}]
-    splits = DatasetDict(train=Dataset.from_dict(bad, features=features))
-    with pytest.raises(ValueError, match=r"row 0 \(image 0\), objects\[0\]: bbox .* 4 finite numbers"):
-        coco._from_datasets(splits, "train", "here", None, "xywh", "error")
-
-
-@settings(max_examples=200)
-@given(st.integers(0, 2**32), st.sampled_from(sorted(TO)), st.integers(1, 60), st.sampled_from(["box", "mask", None]))
-def test_a_wrong_box_format_is_never_proven(seed, box_format, count, area_kind):
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(20, 800, (count, 2))  # height, width
-    corners = np.sort(rng.random((count, 2, 2)), axis=1) * sizes[:, None, ::-1]
-    x1, y1, x2, y2 = (corners[:, 0, 0], corners[:, 0, 1], corners[:, 1, 0], corners[:, 1, 1])
-    width, height = x2 - x1 + 1e-3, y2 - y1 + 1e-3
-    boxes = np.array([TO[box_format](*box) for box in np.stack([x1, y1, width, height], axis=1)])
-    areas = {"box": width * height, "mask": width * height * rng.uniform(0.1, 0.9, count), None: None}[area_kind]
-    try:
-        assert prove_box_format(boxes, sizes, areas) == box_format
-    except ValueError as error:
-        assert "not proven" in str(error)
-
-
-@pytest.mark.parametrize("box_format", TO)
-def test_enough_boxes_do_prove_their_format(box_format):
-    rng = np.random.default_rng(0)
-    corners = np.sort(rng.random((300, 2, 2)), axis=1) * (640, 480)
-    boxes = np.concatenate([corners[:, 0], corners[:, 1] - corners[:, 0]], axis=1)
-    given_boxes = np.array([TO[box_format](*box) for box in boxes])
-    assert prove_box_format(given_boxes, np.tile((480, 640), (300, 1))) == box_format
-
-
-def test_boxes_that_fit_two_formats_prove_none():
-    boxes = np.tile((30.0, 20.0, 5.0, 4.0), (100, 1))  # xywh or cxcywh
-    with pytest.raises(ValueError, match=r"100 boxes \(0 contradict xywh, 100 contradict xyxy, 0 contradict cxcywh\)"):
-        prove_box_format(boxes, np.tile((48, 64), (100, 1)), np.full(100, 20.0))
-
-
-def test_a_few_odd_boxes_prove_nothing():
-    boxes = np.tile((30.0, 20.0, 5.0, 4.0), (100, 1))  # xywh or cxcywh
-    boxes[:4] = (1.0, 1.0, 40.0, 30.0)  # not cxcywh
-    with pytest.raises(ValueError, match="0 contradict xywh, 96 contradict xyxy, 4 contradict cxcywh"):
-        prove_box_format(boxes, np.tile((48, 64), (100, 1)))
-
-
-def test_ids_of_datasets_sources_must_differ(tmp_path):
-    from drmm_hf.data import coco
-
-    fields = {"bbox": List(Value("float64")), "category": Value("int64"), "id": Value("int64")}
-    features = Features({"image": datasets.Image(), "image_id": Value("int64"), "objects": List(fields)})
-    item = {"bbox": [1.0, 2.0, 3.0, 4.0], "category": 1, "id": 9}
-    picture = Image.new("RGB", SIZE)
-    for image_ids, message in [
-        ([1, 2], r"row 1 \(image 2\), objects\[0\]: the id is taken"),
-        ([1, 1], "image_id occurs"),
-    ]:
-        data = {"image": [picture] * 2, "image_id": image_ids, "objects": [[item], [item]]}
-        splits = DatasetDict(train=Dataset.from_dict(data, features=features))
-        with pytest.raises(ValueError, match=message):
-            coco._from_datasets(splits, "train", "here", None, "xywh", "error")
-
-
-def test_sizes_of_datasets_sources_are_those_displayed(tmp_path):
-    from drmm_hf.data import coco
-
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = tmp_path / "turned.jpg"
-    Image.new("RGB", SIZE).save(path, exif=exif)
-    fields = {"bbox": List(Value("float64")), "category": ClassLabel(names=NAMES)}
-    data = {"image": [str(path)], "objects": [[{"bbox": [1.0, 2.0, 40.0, 60.0], "category": 1}]]}
-    features = Features({"image": datasets.Image(), "objects": List(fields)})
-    splits = DatasetDict(train=Dataset.from_dict(data, features=features))
-    dataset = coco._from_datasets(splits, "train", "here", None, "xywh", "error")
-    assert (dataset[0]["width"], dataset[0]["height"]) == SIZE[::-1] == dataset[0]["image"].size
-    assert dataset[0]["file_name"] == "turned.jpg"
 
 
 @pytest.mark.parametrize(

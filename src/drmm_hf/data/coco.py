@@ -1,52 +1,63 @@
-"""COCO annotation files and `datasets` sources -> one `datasets.Dataset` schema, and back to a COCO folder.
+"""Detection data of any layout -> one `datasets.Dataset` schema; COCO files, and back to a COCO folder.
 
 Every loader returns a dataset with `FEATURES`: category ids, annotation ids, crowd flags and areas as they stand in
-the source, boxes as (x, y, width, height) in pixels of the original picture, pictures decoded on access. Categories
-travel as json in `dataset.info.description`, which the operations of `datasets` (select, filter, map, save_to_disk)
-keep; read them with `categories(dataset)`.
+the source, boxes as (x, y, width, height) in pixels of the original picture, pictures decoded on access. Read the
+categories with `categories(dataset)`, and what was left out with `left_out(dataset)`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
+import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from io import BytesIO
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, List, Value
-from PIL import ExifTags, Image
+from datasets import Dataset, IterableDataset
+from tqdm import tqdm
 
+from .canonical import (
+    FEATURES,
+    Records,
+    annotation_dataset,
+    canonical_dataset,
+    categories,
+    dataset_info,
+    leaves_folder,
+    left_out,
+    with_files,
+)
+from .hub_datasets import BoxFormat, hub_splits, hub_stream, prove_box_format
+from .pascal_voc import voc_splits
+from .pictures import displayed_size, inspect_pictures, open_image
+from .problems import Problems, check_policy
+from .yolo import yolo_splits
+
+
+__all__ = [
+    "FEATURES",
+    "canonical_dataset",
+    "categories",
+    "coco_paths",
+    "displayed_size",
+    "find_splits",
+    "left_out",
+    "load_coco",
+    "load_detection_dataset",
+    "open_image",
+    "prove_box_format",
+    "save_coco",
+]
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features(
-    {
-        "image_id": Value("int64"),
-        "file_name": Value("string"),
-        "image": datasets.Image(),
-        "width": Value("int64"),
-        "height": Value("int64"),
-        "objects": List(
-            {
-                "id": Value("int64"),
-                "category_id": Value("int64"),
-                "bbox": List(Value("float64"), length=4),
-                "area": Value("float64"),
-                "iscrowd": Value("int64"),
-            }
-        ),
-    }
-)
-
-BoxFormat = Literal["xywh", "xyxy", "cxcywh"]
-_LISTED = 5  # how many culprits an error message names
+Reader = Callable[[Problems], Dataset]
+_STREAM_SHARDS = 64  # parts that the workers of a stream share among them
 
 
 def load_coco(
@@ -58,7 +69,7 @@ def load_coco(
         annotation_file (`str` or `Path`): Json with `images`, `annotations` and `categories`. A missing `area` becomes
             width times height, a missing `iscrowd` 0; other fields (segmentations, licences) are not read.
         image_dir (`str` or `Path`): The folder that the file names are relative to.
-        invalid (`"error"` or `"skip"`): What to do about boxes without area inside their picture.
+        invalid (`"error"` or `"skip"`): What to do about bad data, see `load_detection_dataset`.
 
     Returns:
         `Dataset`: One row an image, in the order of the file, with `FEATURES`. Pictures stay on disk.
@@ -68,8 +79,7 @@ def load_coco(
             annotation.
         FileNotFoundError: If the annotation file or a picture does not exist.
     """
-    content = _read_annotations(Path(annotation_file))
-    return _coco_dataset(content, Path(annotation_file), Path(image_dir), invalid)
+    return _load(partial(_read_coco, Path(annotation_file), [Path(image_dir)]), str(annotation_file), invalid)
 
 
 def load_detection_dataset(
@@ -81,42 +91,89 @@ def load_detection_dataset(
     categories: Iterable[Mapping[str, Any]] | None = None,
     bbox_format: BoxFormat | None = None,
     invalid: Literal["error", "skip"] = "error",
-) -> Dataset:
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """Load one split of a detection dataset, whatever it is stored as.
 
     Args:
-        source (`str` or `Path`): A COCO folder (see `coco_paths`), the id of a dataset on the Hub, or a folder that
-            `datasets.load_dataset` reads (imagefolder with `metadata.jsonl` or `metadata.csv`, parquet, ...).
-        split (`str`): Name of the split.
-        images (`str` or `Path`, *optional*): Image folder, where it is not one of the usual places.
-        annotations (`str` or `Path`, *optional*): Annotation file, where it is not
+        source (`str` or `Path`): A folder of COCO (see `coco_paths`), Roboflow (`<split>/_annotations.coco.json`),
+            YOLO (`data.yaml`) or Pascal VOC, the id of a dataset on the Hub, or a folder that `datasets.load_dataset`
+            reads (imagefolder with `metadata.jsonl` or `metadata.csv`, parquet, ...).
+        split (`str`): Name of the split, or a usual other name of it, such as `validation` or `val2017` for `val`.
+        images (`str` or `Path`, *optional*): Image folder of COCO annotations, where it is not a usual place.
+        annotations (`str` or `Path`, *optional*): COCO file, where it is not
             `<source>/annotations/instances_<split>.json`.
-        categories (`Iterable[Mapping]`, *optional*): Records with `id` and `name`. For `datasets` sources whose
-            category column is not a `ClassLabel`; by default the ids that occur in any split, named by their number.
+        categories (`Iterable[Mapping]`, *optional*): Records with `id` and `name`, for sources that do not list their
+            categories: Pascal VOC, and `datasets` sources whose category column is no `ClassLabel`. By default the
+            names or ids that occur in any split.
         bbox_format (`str`, *optional*): `xywh`, `xyxy` or `cxcywh`, in pixels. For `datasets` sources; by default the
             boxes must prove it themselves: all other formats contradict the picture sizes or the areas.
-        invalid (`"error"` or `"skip"`): What to do about boxes without area inside their picture.
+        invalid (`"error"` or `"skip"`): What to do about bad data: missing pictures, file names that leave the folder,
+            ids that occur twice, unknown categories, boxes without area inside their picture, and whatever else
+            `drmm_hf.data.problems.KINDS` names. `error` raises with the counts and the first of each kind. `skip`
+            leaves such pictures and boxes out, logs the same as a warning and keeps it in `left_out(dataset)`; it also
+            reads the header of each picture, and leaves out those that are cut off or of another size. Only
+            `drmm doctor` decodes all pictures.
+        streaming (`bool`): Whether to return an `IterableDataset`, which reads from the Hub as it goes and whose
+            `state_dict` holds its position.
 
     Returns:
-        `Dataset`: One row an image with `FEATURES`.
+        `Dataset` or `IterableDataset`: One row an image with `FEATURES`.
 
     Raises:
-        ValueError: If the split is unknown, the source is not understood or an annotation is wrong.
+        ValueError: If the split is unknown, the source is not understood or the data are bad.
         FileNotFoundError: If a file is missing.
     """
-    found = _find_coco(Path(source), split, images, annotations)
-    if found is not None:
-        content, annotation_file, image_dir = found
-        for argument, value in (("categories", categories), ("bbox_format", bbox_format)):
-            if value is not None:
-                raise ValueError(
-                    f"{argument} does not apply to COCO annotations ({annotation_file}): the file says it itself"
-                )
-        return _coco_dataset(content, annotation_file, image_dir, invalid)
-    splits = datasets.load_dataset(str(source))
-    if split not in splits:
-        raise ValueError(f"split {split!r} is not in {source}: it has {sorted(splits)}")
-    return _from_datasets(splits, split, str(source), categories, bbox_format, invalid)
+    check_policy(invalid)
+    options = {"images": images, "annotations": annotations, "categories": categories, "bbox_format": bbox_format}
+    layout, readers = find_splits(source, **options) if annotations is None else _one_file(source, split, options)
+    split = split if annotations is not None else _resolve(split, readers, source)
+    if streaming and layout == "datasets":
+        return hub_stream(str(source), split, categories, bbox_format, invalid)
+    dataset = _load(readers[split], f"{source}, split {split}", invalid)
+    if not streaming:
+        return dataset
+    return dataset.to_iterable_dataset(num_shards=max(1, min(_STREAM_SHARDS, len(dataset))))
+
+
+def find_splits(
+    source: str | Path,
+    *,
+    images: str | Path | None = None,
+    annotations: None = None,
+    categories: Iterable[Mapping[str, Any]] | None = None,
+    bbox_format: BoxFormat | None = None,
+) -> tuple[str, dict[str, Reader]]:
+    """Recognise the layout of a source and list its splits.
+
+    Args:
+        source (`str` or `Path`): As in `load_detection_dataset`.
+        images (`str` or `Path`, *optional*): Image folder, for COCO folders.
+        annotations (None): Not used; a single file has no splits.
+        categories (`Iterable[Mapping]`, *optional*): As in `load_detection_dataset`.
+        bbox_format (`str`, *optional*): As in `load_detection_dataset`.
+
+    Returns:
+        `tuple[str, dict]`: `coco`, `roboflow`, `yolo`, `voc` or `datasets`; and split -> function that reads it,
+        records what is wrong in the `Problems` it is given and leaves it out.
+
+    Raises:
+        ValueError: If an argument does not apply to the layout, or the source is not understood.
+    """
+    folder = Path(source)
+    layout, readers = "coco", _coco_splits(folder, images)
+    if not readers:
+        layout, readers = "roboflow", _roboflow_splits(folder)
+    if not readers:
+        layout, readers = "yolo", yolo_splits(folder)
+    if not readers:
+        layout, readers = "voc", voc_splits(folder, categories)
+    if images is not None and layout != "coco":
+        raise ValueError(f"images is given, but {folder}/annotations has no COCO file: give annotations as well")
+    if not readers:
+        return "datasets", hub_splits(str(source), categories, bbox_format)
+    _refuse(layout, source, categories if layout != "voc" else None, bbox_format)
+    return layout, readers
 
 
 def coco_paths(
@@ -126,56 +183,28 @@ def coco_paths(
 
     Args:
         source (`str` or `Path`): The folder. Annotations are `annotations/instances_<split>.json`; pictures are in
-            `<split>/`, `images/<split>/`, `images/` or the folder itself, whichever holds the first picture listed.
-        split (`str`): Name of the split.
+            `<split>/`, `images/<split>/`, `images/` or the folder itself, whichever holds the pictures listed.
+        split (`str`): Name of the split, or a usual other name of it.
         images (`str` or `Path`, *optional*): Image folder to use instead.
         annotations (`str` or `Path`, *optional*): Annotation file to use instead.
 
     Returns:
-        `tuple[Path, Path]` or None: Annotation file and image folder; None if `source` holds no COCO annotations.
+        `tuple[Path, Path]` or None: Annotation file and image folder; None if `source` holds no COCO annotations, or
+        those of Roboflow, whose placeholder category is no class.
 
     Raises:
         ValueError: If the folder has COCO annotations, but not of this split.
         FileNotFoundError: If no folder holds the pictures.
     """
-    found = _find_coco(Path(source), split, images, annotations)
-    return None if found is None else found[1:]
-
-
-def categories(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return the categories of a canonical dataset.
-
-    Args:
-        dataset (`Dataset`): A dataset of this module, or anything `datasets` derived from one.
-
-    Returns:
-        `list[dict]`: Records with `id` and `name`, in the order of the source.
-
-    Raises:
-        ValueError: If the dataset carries no categories.
-    """
-    try:
-        return json.loads(dataset.info.description)["categories"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(
-            "dataset carries no categories: load it with load_detection_dataset or build it with canonical_dataset"
-        ) from None
-
-
-def canonical_dataset(rows: Iterable[Mapping[str, Any]], categories: Iterable[Mapping[str, Any]]) -> Dataset:
-    """Build a dataset with `FEATURES` from rows in memory, without checking them.
-
-    Args:
-        rows (`Iterable[Mapping]`): One record an image with the keys of `FEATURES`; `image` is a path, a PIL image or
-            `{"bytes": ..., "path": ...}`.
-        categories (`Iterable[Mapping]`): Records with `id` and `name`.
-
-    Returns:
-        `Dataset`: The rows in the same order.
-    """
-    rows = list(rows)
-    columns = {name: [row[name] for row in rows] for name in FEATURES}
-    return Dataset.from_dict(columns, features=FEATURES, info=_info(categories))
+    if annotations is None:
+        files = _coco_files(Path(source))
+        if not files:
+            return None
+        split = _resolve(split, files, source)
+        annotations = files[split]
+    names = _annotations(Path(annotations), Problems())["file_name"]
+    candidates = _image_folders(Path(source), split) if images is None else [Path(images)]
+    return Path(annotations), _folder_of(names, candidates, annotations)
 
 
 def save_coco(dataset: Dataset, folder: str | Path, split: str) -> Path:
@@ -190,19 +219,20 @@ def save_coco(dataset: Dataset, folder: str | Path, split: str) -> Path:
         `Path`: The annotation file, `<folder>/annotations/instances_<split>.json`.
 
     Raises:
-        ValueError: If two images share a file name.
+        ValueError: If two images share a file name, or one leaves the folder.
     """
     folder = Path(folder)
     annotation_file = folder / "annotations" / f"instances_{split}.json"
     annotation_file.parent.mkdir(parents=True, exist_ok=True)
     images, annotations, names = [], [], set()
     for row in dataset.cast_column("image", datasets.Image(decode=False)):
+        name = f"file_name {row['file_name']!r} (image {row['image_id']})"
         if row["file_name"] in names:
-            raise ValueError(
-                f"file_name {row['file_name']!r} occurs twice (image {row['image_id']}): names must differ"
-            )
+            raise ValueError(f"{name} occurs twice: names must differ")
+        if leaves_folder(row["file_name"]):
+            raise ValueError(f"{name} leaves the image folder; it must be relative, without '..'")
         names.add(row["file_name"])
-        target = _inside(folder / split, row["file_name"], f"image {row['image_id']}")
+        target = folder / split / row["file_name"]
         target.parent.mkdir(parents=True, exist_ok=True)
         if row["image"]["bytes"] is None:
             shutil.copyfile(row["image"]["path"], target)
@@ -215,39 +245,161 @@ def save_coco(dataset: Dataset, folder: str | Path, split: str) -> Path:
     return annotation_file
 
 
-# COCO ----------------------------------------------------------------------------------------------------------------
+# Splits and policy ---------------------------------------------------------------------------------------------------
 
 
-def _find_coco(
-    folder: Path, split: str, images: str | Path | None, annotations: str | Path | None
-) -> tuple[dict[str, Any], Path, Path] | None:
-    """Find and read a COCO split: the content of its annotation file, the file, the image folder."""
-    annotation_file = folder / "annotations" / f"instances_{split}.json" if annotations is None else Path(annotations)
-    if annotations is None and not annotation_file.is_file():
-        files = annotation_file.parent.glob("instances_*.json")
-        known = sorted(path.stem.removeprefix("instances_") for path in files)
-        if known:
-            raise ValueError(f"split {split!r} is not in {annotation_file.parent}: it has {known}")
-        if images is not None:
-            raise ValueError(f"images is given, but {annotation_file} does not exist: give annotations as well")
-        return None
-    content = _read_annotations(annotation_file)
-    if images is not None:
-        return content, annotation_file, Path(images)
-    candidates = [folder / split, folder / "images" / split, folder / "images", folder]
-    first = str(next(iter(content["images"]), {}).get("file_name", ""))
-    for candidate in candidates:
-        if (candidate / first).exists():
-            return content, annotation_file, candidate
-    tried = ", ".join(str(candidate) for candidate in candidates)
-    raise FileNotFoundError(f"{annotation_file}: picture {first!r} is in none of {tried}; name its folder with images")
+def _load(read: Reader, source: str, invalid: str) -> Dataset:
+    """Read a split and apply the policy to what is wrong with it."""
+    check_policy(invalid)
+    problems = Problems()
+    dataset = read(problems)
+    if invalid == "skip":
+        dataset = _readable(dataset, problems)
+    problems.settle(source, invalid)
+    dataset.info.description = dataset_info(categories(dataset), problems.found).description
+    return dataset
+
+
+def _readable(dataset: Dataset, problems: Problems) -> Dataset:
+    """Leave out pictures whose header or end is broken, or whose size is not the annotated one."""
+    rows = dataset.select_columns(["image_id", "file_name", "image", "width", "height"])
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    bar = tqdm(inspect_pictures(rows, decode=False), "reading headers", len(rows), leave=False, delay=2, disable=None)
+    kept = []
+    for position, picture in enumerate(bar):
+        if picture.problem is None:
+            kept.append(position)
+        else:
+            row = rows[position]
+            problems.add(picture.problem[0], f"{row['file_name']} (image {row['image_id']})", picture.problem[1])
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def _resolve(split: str, known: Collection[str], source: str | Path) -> str:
+    """Return the split of that name, or the only one that usually goes by it."""
+    if split in known:
+        return split
+    others = [name for name in known if _plain(name) == _plain(split)]
+    if len(others) != 1:
+        raise ValueError(f"split {split!r} is not in {source}: it has {sorted(known)}")
+    logger.info("split %r of %s is called %r there", split, source, others[0])
+    return others[0]
+
+
+def _plain(split: str) -> str:
+    """Return one name for what is called val, valid, validation, dev or val2017, and likewise train and test."""
+    name = re.sub(r"[-_]?\d{4}$", "", split.lower())
+    names = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+    return names.get(name, name)
+
+
+def _refuse(layout: str, source: str | Path, categories: Any, bbox_format: str | None) -> None:
+    for argument, value in (("categories", categories), ("bbox_format", bbox_format)):
+        if value is not None:
+            raise ValueError(f"{argument} does not apply to {layout} annotations ({source}): they say it themselves")
+
+
+# COCO and Roboflow ---------------------------------------------------------------------------------------------------
+
+
+def _coco_files(folder: Path) -> dict[str, Path]:
+    files = sorted((folder / "annotations").glob("instances_*.json"))
+    return {path.stem.removeprefix("instances_"): path for path in files}
+
+
+def _coco_splits(folder: Path, images: str | Path | None) -> dict[str, Reader]:
+    return {
+        split: partial(_read_coco, path, _image_folders(folder, split) if images is None else [Path(images)])
+        for split, path in _coco_files(folder).items()
+    }
+
+
+def _roboflow_splits(folder: Path) -> dict[str, Reader]:
+    files = sorted(folder.glob("*/_annotations.coco.json"))
+    return {path.parent.name: partial(_read_coco, path, [path.parent], placeholder=True) for path in files}
+
+
+def _one_file(source: str | Path, split: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Reader]]:
+    _refuse("COCO", options["annotations"], options["categories"], options["bbox_format"])
+    images = options["images"]
+    folders = _image_folders(Path(source), split) if images is None else [Path(images)]
+    return "coco", {split: partial(_read_coco, Path(options["annotations"]), folders)}
+
+
+def _image_folders(folder: Path, split: str) -> list[Path]:
+    """Return the places where the pictures of a split may be, the likeliest first."""
+    roots = [path for path in (folder, folder / "images") if path.is_dir()]
+    others = [path for root in roots for path in sorted(root.iterdir()) if _plain(path.name) == _plain(split)]
+    usual = [folder / split, folder / "images" / split, *filter(Path.is_dir, others), folder / "images", folder]
+    return list(dict.fromkeys(usual))
+
+
+def _folder_of(names: Sequence[str], folders: list[Path], annotation_file: str | Path) -> Path:
+    """Return the first folder that holds a picture; the only one without looking."""
+    if len(folders) == 1 or not len(names):
+        return folders[0]
+    names = names[:]
+    some = [name for name in names[:: max(1, len(names) // 50)] if not leaves_folder(name)]
+    for folder in folders:
+        if any((folder / name).exists() for name in some):
+            return folder
+    tried = ", ".join(map(str, folders))
+    raise FileNotFoundError(f"{annotation_file}: picture {names[0]!r} is in none of {tried}; name its folder: images")
+
+
+def _read_coco(path: Path, folders: list[Path], problems: Problems, *, placeholder: bool = False) -> Dataset:
+    """Read a COCO file; its folder is the first one with a picture of it."""
+    annotations = _annotations(path, problems, placeholder)
+    return with_files(annotations, _folder_of(annotations["file_name"], folders, path), str(path), problems)
+
+
+def _annotations(path: Path, problems: Problems, placeholder: bool = False) -> Dataset:
+    """Read a COCO file without looking for its pictures."""
+    if not path.is_file():
+        raise FileNotFoundError(f"annotation file {path} does not exist")
+    digest = hashlib.blake2b(f"1 {path} {placeholder}".encode("utf-8", "surrogateescape"), digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+
+    def read() -> Records:
+        content = _read_annotations(path)
+        if placeholder:
+            content["categories"] = _without_placeholder(content, path)
+        return Records(str(path), content["images"], content["annotations"], content["categories"])
+
+    return annotation_dataset(read, problems, digest.hexdigest())
+
+
+def _without_placeholder(content: dict[str, Any], path: Path) -> list[Any]:
+    """Leave out the category that stands for the whole project, under which Roboflow puts the classes."""
+    records = content["categories"]
+    first, rest = records[0] if records else None, records[1:]
+    named = all(isinstance(record, dict) and record.get("supercategory") == first.get("name") for record in rest)
+    if not rest or not named or any(a.get("category_id") == first.get("id") for a in _dicts(content["annotations"])):
+        return records
+    logger.warning(
+        "%s: category %r (%r) is the name of the project, without annotations: it is no class",
+        path,
+        first.get("id"),
+        first.get("name"),
+    )
+    return rest
+
+
+def _dicts(records: Iterable[Any]) -> Iterable[dict[str, Any]]:
+    return (record for record in records if isinstance(record, dict))
 
 
 def _read_annotations(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"annotation file {path} does not exist")
+    """Read a COCO file but its segmentations, which are most of it."""
+
+    def without_segmentation(record: dict[str, Any]) -> dict[str, Any]:
+        record.pop("segmentation", None)
+        return record
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=without_segmentation)
     except ValueError as error:  # bad json, or bytes that are not utf-8
         raise ValueError(f"{path} is not valid json: {error}") from None
     for key in ("images", "annotations", "categories"):
@@ -255,323 +407,4 @@ def _read_annotations(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} has no list {key!r}: COCO instances files hold images, annotations and categories"
             )
-        for position, record in enumerate(content[key]):
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: {key}[{position}] is {record!r}, must be an object")
     return content
-
-
-def _coco_dataset(content: dict[str, Any], source: Path, image_dir: Path, invalid: str) -> Dataset:
-    labels = _checked_categories(content["categories"], str(source))
-    rows: dict[int, dict[str, Any]] = {}
-    for position, record in enumerate(content["images"]):
-        where = f"{source}: images[{position}] (id {record.get('id')!r})"
-        image_id = _integer(record, "id", where)
-        if image_id in rows:
-            raise ValueError(f"{where}: the id is taken by {rows[image_id]['file_name']!r}; image ids must differ")
-        size = {key: _integer(record, key, where, least=1) for key in ("width", "height")}
-        name = record.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{where}: file_name is {name!r}, must be a path relative to the image folder")
-        path = _inside(image_dir, name, where)
-        rows[image_id] = {"image_id": image_id, "file_name": name, "image": str(path), **size, "objects": []}
-
-    missing = [row for row in rows.values() if not os.path.isfile(row["image"])]
-    if missing:
-        listed = ", ".join(f"{row['file_name']!r} (image {row['image_id']})" for row in missing[:_LISTED])
-        raise FileNotFoundError(f"{source}: {len(missing)} of {len(rows)} pictures are not in {image_dir}: {listed}")
-
-    for position, record in enumerate(content["annotations"]):
-        where = f"{source}: annotations[{position}] (id {record.get('id')!r})"
-        image_id = _integer(record, "image_id", where)
-        if image_id not in rows:
-            raise ValueError(f"{where}: image_id {image_id} is not among the {len(rows)} images of the file")
-        rows[image_id]["objects"].append({**_canonical_object(record, labels, where), "where": where})
-    _check_annotation_ids(rows.values())
-    return canonical_dataset(_without_invalid(list(rows.values()), str(source), invalid), content["categories"])
-
-
-def _checked_categories(records: Sequence[Mapping[str, Any]], source: str) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for position, record in enumerate(records):
-        where = f"{source}: categories[{position}]"
-        category_id = _integer(record, "id", where)
-        if category_id in names:
-            raise ValueError(f"{where}: id {category_id} is taken by {names[category_id]!r}; category ids must differ")
-        if not isinstance(record.get("name"), str):
-            raise ValueError(f"{where}: name is {record.get('name')!r}, must be a string")
-        names[category_id] = record["name"]
-    if not names:
-        raise ValueError(f"{source}: categories is empty; every annotation needs one")
-    return names
-
-
-def _canonical_object(record: Mapping[str, Any], known: Mapping[int, str], where: str) -> dict[str, Any]:
-    """Check one annotation, except for its box having an area, and bring it into the schema."""
-    category_id = _integer(record, "category_id", where)
-    if category_id not in known:
-        raise ValueError(f"{where}: category_id {category_id} is not among the categories {sorted(known)}")
-    bbox = _checked_bbox(record, where)
-    area = record.get("area")
-    if area is None:
-        area = bbox[2] * bbox[3]
-    elif not _is_finite(area) or area < 0:
-        raise ValueError(f"{where}: area is {area!r}, must be a finite number of at least 0")
-    crowd = record.get("iscrowd")
-    if crowd not in (None, 0, 1):
-        raise ValueError(f"{where}: iscrowd is {crowd!r}, must be 0 or 1")
-    annotation_id = _integer(record, "id", where)
-    return {
-        "id": annotation_id,
-        "category_id": category_id,
-        "bbox": bbox,
-        "area": float(area),
-        "iscrowd": int(crowd or 0),
-    }
-
-
-def _checked_bbox(record: Mapping[str, Any], where: str) -> list[float]:
-    bbox = record.get("bbox")
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
-        raise ValueError(f"{where}: bbox is {bbox!r}, must be 4 finite numbers")
-    return [float(value) for value in bbox]
-
-
-def _check_annotation_ids(rows: Iterable[Mapping[str, Any]]) -> None:
-    seen: dict[int, str] = {}
-    for row in rows:
-        for item in row["objects"]:
-            if item["id"] in seen:
-                raise ValueError(f"{item['where']}: the id is taken by {seen[item['id']]}; annotation ids must differ")
-            seen[item["id"]] = item["where"]
-
-
-def _without_invalid(rows: list[dict[str, Any]], source: str, invalid: str) -> list[dict[str, Any]]:
-    """Apply the policy for boxes without area inside their picture, and drop the bookkeeping key `where`."""
-    if invalid not in ("error", "skip"):
-        raise ValueError(f"invalid is {invalid!r}, must be 'error' or 'skip'")
-    culprits, total = [], 0
-    for row in rows:
-        kept = []
-        for item in row["objects"]:
-            x, y, width, height = item["bbox"]
-            total += 1
-            inside = min(x + width, row["width"]) > max(x, 0) and min(y + height, row["height"]) > max(y, 0)
-            where = item.pop("where")
-            if width > 0 and height > 0 and inside:
-                kept.append(item)
-            else:
-                culprits.append(f"{where}: {item['bbox']} in a picture of {row['width']} x {row['height']}")
-        row["objects"] = kept
-    if culprits:
-        text = f"{source}: {len(culprits)} of {total} boxes have no area inside their picture"
-        if invalid == "error":
-            listed = "\n  ".join(culprits[:_LISTED])
-            raise ValueError(f"{text}; correct them, or leave them out with invalid='skip'. The first:\n  {listed}")
-        logger.warning("%s and were left out; the first: %s", text, culprits[0])
-    return rows
-
-
-def _inside(folder: Path, name: str, where: str) -> Path:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
-        raise ValueError(
-            f"{where}: file_name {name!r} leaves the image folder {folder}; it must be relative, without '..'"
-        )
-    return folder.absolute() / path
-
-
-def _integer(record: Mapping[str, Any], key: str, where: str, least: int | None = None) -> int:
-    value = record.get(key)
-    if isinstance(value, bool) or not (isinstance(value, int) or isinstance(value, float) and value.is_integer()):
-        raise ValueError(f"{where}: {key} is {value!r}, must be an integer")
-    if least is not None and value < least:
-        raise ValueError(f"{where}: {key} is {value!r}, must be at least {least}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{where}: {key} is {value!r}, must fit into 64 bits")
-    return int(value)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _info(categories: Iterable[Mapping[str, Any]]) -> DatasetInfo:
-    records = [{"id": int(record["id"]), "name": str(record["name"])} for record in categories]
-    return DatasetInfo(description=json.dumps({"categories": records}), features=FEATURES)
-
-
-# `datasets` sources --------------------------------------------------------------------------------------------------
-
-
-def prove_box_format(boxes: np.ndarray, image_sizes: np.ndarray, areas: np.ndarray | None = None) -> BoxFormat:
-    """Tell in which format boxes are written, by what would be impossible in the others.
-
-    A box contradicts a format if it would have no extent, leave its picture by more than 2 pixels, or be smaller than
-    the area of its object. Where the areas are those of the boxes (99 % agree with one format), any other area
-    contradicts as well. A format is proven when at most 1 % of the boxes contradict it, and at least 5 % and 3 boxes
-    contradict each other one.
-
-    Args:
-        boxes (`np.ndarray` of shape `(N, 4)`): Four numbers a box.
-        image_sizes (`np.ndarray` of shape `(N, 2)`): Height and width of each box's picture in pixels.
-        areas (`np.ndarray` of shape `(N,)`, *optional*): Area of each object in square pixels, nan where unknown.
-
-    Returns:
-        `str`: `xywh`, `xyxy` or `cxcywh`; the evidence is logged.
-
-    Raises:
-        ValueError: If nothing is proven; the message holds the evidence.
-    """
-    boxes, image_sizes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(image_sizes, float).reshape(-1, 2)
-    areas = np.full(len(boxes), np.nan) if areas is None else np.asarray(areas, float)
-    height, width = image_sizes.T
-    against, exact = {}, {}
-    for box_format in _TO_XYWH:
-        x, y, w, h = _TO_XYWH[box_format](boxes).T
-        outside = (x < -2) | (y < -2) | (x + w > width + 2) | (y + h > height + 2)
-        too_small = areas > w * h + w + h + 1  # a rasterised outline may reach half a pixel beyond its box
-        against[box_format] = (w <= 0) | (h <= 0) | outside | too_small
-        exact[box_format] = np.abs(areas - w * h) <= 0.01 * np.abs(areas) + 1
-    with_area = ~np.isnan(areas)
-    if with_area.any() and max(matches[with_area].mean() for matches in exact.values()) >= 0.99:
-        against = {box_format: against[box_format] | with_area & ~exact[box_format] for box_format in against}
-    counts = {box_format: int(contradicts.sum()) for box_format, contradicts in against.items()}
-    evidence = ", ".join(f"{count} contradict {box_format}" for box_format, count in counts.items())
-    best = min(counts, key=counts.__getitem__)
-    others = min(count for box_format, count in counts.items() if box_format != best)
-    if counts[best] > 0.01 * len(boxes) or others < max(3, 0.05 * len(boxes)):
-        raise ValueError(f"bbox_format is not proven by the {len(boxes)} boxes ({evidence}): give it explicitly")
-    logger.info("bbox_format %s: of %d boxes, %s", best, len(boxes), evidence)
-    return best
-
-
-_TO_XYWH = {
-    "xywh": lambda boxes: boxes,
-    "xyxy": lambda boxes: np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
-    "cxcywh": lambda boxes: np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]], axis=1),
-}
-
-
-def _from_datasets(
-    splits: Mapping[str, Dataset],
-    split: str,
-    source: str,
-    given: Iterable[Mapping[str, Any]] | None,
-    bbox_format: BoxFormat | None,
-    invalid: str,
-) -> Dataset:
-    key, records, id_of = _category_column(splits, split, source, given)
-    known = _checked_categories(records, source)
-    images = splits[split].select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
-
-    rows: list[dict[str, Any]] = []
-    found: list[tuple[dict[str, Any], dict[str, Any], str]] = []  # annotation, its row, where it stands
-    for position, (image, record) in enumerate(zip(images, splits[split].remove_columns("image"), strict=True)):
-        where = f"{source}, split {split}, row {position}"
-        if image is None:
-            raise ValueError(f"{where}: image is empty")
-        image_id = position if record.get("image_id") is None else _integer(record, "image_id", where)
-        row = {"image_id": image_id, "file_name": _file_name(image, image_id), "image": image, "objects": []}
-        if record.get("width") is None or record.get("height") is None:
-            row["width"], row["height"] = displayed_size(open_image(image))
-        else:
-            row |= {side: _integer(record, side, where, least=1) for side in ("width", "height")}
-        rows.append(row)
-        for index, item in enumerate(_object_list(record["objects"], where)):
-            place = f"{where} (image {image_id}), objects[{index}]"
-            annotation_id = len(found) + 1 if item.get("id") is None else item["id"]
-            item |= {"id": annotation_id, "category_id": id_of(item[key]), "bbox": _checked_bbox(item, place)}
-            found.append((item, row, place))
-
-    if len({row["image_id"] for row in rows}) < len(rows):
-        raise ValueError(f"{source}, split {split}: an image_id occurs twice; image ids must differ")
-    if len({row["file_name"] for row in rows}) < len(rows):  # pictures of several folders
-        for row in rows:
-            row["file_name"] = f"{row['image_id']}{PurePosixPath(row['file_name']).suffix}"
-    if found:
-        boxes = np.array([item["bbox"] for item, _, _ in found])
-        sizes = np.array([(row["height"], row["width"]) for _, row, _ in found])
-        areas = np.array([item.get("area") for item, _, _ in found], dtype=float)  # None becomes nan
-        bbox_format = bbox_format or prove_box_format(boxes, sizes, areas)
-        if bbox_format not in _TO_XYWH:
-            raise ValueError(f"bbox_format is {bbox_format!r}, must be one of {list(_TO_XYWH)}")
-        for (item, row, place), bbox in zip(found, _TO_XYWH[bbox_format](boxes).tolist(), strict=True):
-            row["objects"].append({**_canonical_object({**item, "bbox": bbox}, known, place), "where": place})
-    _check_annotation_ids(rows)
-    return canonical_dataset(_without_invalid(rows, f"{source}, split {split}", invalid), records)
-
-
-def _category_column(
-    splits: Mapping[str, Dataset], split: str, source: str, given: Iterable[Mapping[str, Any]] | None
-) -> tuple[str, list[dict[str, Any]], Callable[[Any], Any]]:
-    """Find the category column: its key in `objects`, the categories, and the map from an entry to a category id."""
-    features = splits[split].features
-    for column in ("image", "objects"):
-        if column not in features:
-            raise ValueError(f"{source}, split {split} has no column {column!r}: it has {list(features)}")
-    objects = features["objects"]
-    fields = objects if isinstance(objects, dict) else objects.feature  # a dict of lists, or a list of dicts
-    key = next((key for key in ("category", "category_id") if key in fields), None)
-    if key is None or "bbox" not in fields:
-        raise ValueError(f"{source}: objects has {list(fields)}, needs bbox and category or category_id")
-    feature = fields[key].feature if isinstance(objects, dict) else fields[key]
-    if isinstance(feature, ClassLabel):
-        names = list(enumerate(feature.names))
-    elif given is None:
-        entries = {
-            item[key]
-            for name, dataset in splits.items()
-            for position, record in enumerate(dataset.select_columns("objects"))
-            for item in _object_list(record["objects"], f"{source}, split {name}, row {position}")
-        }
-        textual = all(isinstance(entry, str) for entry in entries)
-        names = [(index if textual else entry, str(entry)) for index, entry in enumerate(sorted(entries))]
-        logger.warning("%s names no categories; the entries that occur in its splits were taken: %s", source, names)
-    records = [{"id": number, "name": name} for number, name in names] if given is None else [dict(r) for r in given]
-    if feature == Value("string"):
-        ids = {record["name"]: record["id"] for record in records}
-        return key, records, lambda entry: ids.get(entry, entry)
-    return key, records, lambda entry: entry
-
-
-def _object_list(objects: Any, where: str) -> list[dict[str, Any]]:
-    """Return the annotations of a row as a list of dicts, from a dict of lists or a list of dicts."""
-    if not isinstance(objects, dict):
-        return [dict(item) for item in objects or []]
-    lengths = {key: len(values) for key, values in objects.items() if values is not None}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"{where}: the lists of objects differ in length: {lengths}")
-    return [{key: objects[key][i] for key in lengths} for i in range(next(iter(lengths.values()), 0))]
-
-
-def _file_name(image: Mapping[str, Any], image_id: int) -> str:
-    return Path(image["path"]).name if image["path"] else f"{image_id}.{open_image(image).format.lower()}"
-
-
-# Pictures ------------------------------------------------------------------------------------------------------------
-
-
-def open_image(image: Mapping[str, Any]) -> Image.Image:
-    """Open an undecoded picture of a dataset; pixels are read on access.
-
-    Args:
-        image (`Mapping`): `{"bytes": ..., "path": ...}`, one of them set.
-
-    Returns:
-        `PIL.Image.Image`: The picture as stored, before its EXIF orientation is applied.
-    """
-    return Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
-
-
-def displayed_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height of a picture once its EXIF orientation is applied.
-
-    Args:
-        image (`PIL.Image.Image`): The picture as stored.
-
-    Returns:
-        `tuple[int, int]`: Width and height in pixels.
-    """
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return image.size[::-1] if turned else image.size
