@@ -1,10 +1,12 @@
 import random
 from io import BytesIO
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -265,8 +267,9 @@ def test_random_numbers_change_with_seed_epoch_and_row(shapes):
     assert drawn == first
 
 
-def test_workers_make_no_difference_and_follow_the_epoch(shapes):
-    alone, workers = shuffled_loader(shapes), shuffled_loader(shapes, num_workers=2)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_workers_make_no_difference_and_follow_the_epoch(shapes, grouped):
+    alone, workers = (shuffled_loader(shapes, num_workers=n, group_by_aspect_ratio=grouped) for n in (0, 2))
     for epoch in (0, 1, 0):
         assert same(epoch_of(alone, epoch), epoch_of(workers, epoch))
 
@@ -280,10 +283,75 @@ def test_order_and_incomplete_batches(shapes):
     assert ids == list(range(1, 9))
 
 
-def test_accelerate_sets_the_epoch(shapes):
-    prepared = Accelerator(cpu=True).prepare(shuffled_loader(shapes))
+@pytest.mark.parametrize("grouped", [False, True])
+def test_accelerate_sets_the_epoch_and_skips_batches(shapes, grouped):
+    prepared = Accelerator(cpu=True).prepare(shuffled_loader(shapes, group_by_aspect_ratio=grouped))
     prepared.set_epoch(3)
-    assert same(list(prepared), epoch_of(shuffled_loader(shapes), 3))
+    batches = list(prepared)
+    assert same(batches, epoch_of(shuffled_loader(shapes, group_by_aspect_ratio=grouped), 3))
+    prepared.set_epoch(3)
+    assert same(list(skip_first_batches(prepared, 2)), batches[2:])
+
+
+# Batches of like shape -----------------------------------------------------------------------------------------------
+
+
+def pictures_of(ratios):
+    """A data set that has the sizes of its pictures only."""
+    dataset = datasets.Dataset.from_dict(
+        {"image": [None] * len(ratios), "width": [round(1000 * r) for r in ratios], "height": [1000] * len(ratios)}
+    )
+    return DetectionDataset(dataset, LabelMap((1,), ("thing",)), seed=len(ratios))
+
+
+def batch_ids(dataset, batch_size, epoch=0, **kwargs):
+    loader = data_loader(dataset, PROCESSOR, batch_size, group_by_aspect_ratio=True, **kwargs)
+    loader.sampler.set_epoch(epoch)
+    return list(loader.batch_sampler)
+
+
+@given(st.lists(st.floats(0.2, 5), min_size=1, max_size=300), st.integers(1, 9), st.integers(1, 3))
+@settings(max_examples=60)
+def test_groups_cover_each_picture_once_in_every_shard(ratios, batch_size, processes):
+    dataset = pictures_of(ratios)
+    batches = batch_ids(dataset, batch_size)
+    assert sorted(sum(batches, [])) == list(range(len(ratios)))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert batches == batch_ids(dataset, batch_size)
+    whole = batch_ids(dataset, batch_size, drop_last=True)
+    assert whole == [batch for batch in batches if len(batch) == batch_size]
+    sampler = data_loader(dataset, PROCESSOR, batch_size, group_by_aspect_ratio=True).batch_sampler
+    shards = [list(BatchSamplerShard(sampler, processes, rank)) for rank in range(processes)]
+    assert len({len(shard) for shard in shards}) == 1
+    assert {row for shard in shards for batch in shard for row in batch} == set(range(len(ratios)))
+    assert [shards[i % processes][i // processes] for i in range(len(batches) - 1)] == batches[:-1]
+
+
+def test_groups_are_of_like_shape_and_change_every_epoch():
+    ratios = np.exp(np.random.default_rng(0).normal(0, 0.4, 1000))
+    dataset = pictures_of(ratios)
+
+    def spread(batches):
+        return np.mean([np.ptp(np.log(ratios[batch])) for batch in batches])
+
+    plain = data_loader(dataset, PROCESSOR, 4)
+    epochs = [batch_ids(dataset, 4, epoch) for epoch in range(3)]
+    assert all(spread(batches) < 0.15 * spread(plain.batch_sampler) for batches in epochs)
+    first, second, third = ({frozenset(batch) for batch in batches} for batches in epochs)
+    assert len(first & second) + len(first & third) + len(second & third) < 10
+    shapes = np.log([ratios[batch].mean() for batch in epochs[0]])
+    assert abs(np.corrcoef(shapes[1:], shapes[:-1])[0, 1]) < 0.2  # batches come in random order
+
+
+def test_small_sets_are_not_sorted_as_a_whole():
+    dataset = pictures_of(np.linspace(0.5, 2, 40))
+    epochs = [{frozenset(batch) for batch in batch_ids(dataset, 4, epoch)} for epoch in range(5)]
+    assert all(len(one & other) < 3 for i, one in enumerate(epochs) for other in epochs[:i])
+
+
+def test_groups_need_shuffling(shapes):
+    with pytest.raises(ValueError, match="group_by_aspect_ratio is True: it needs shuffle"):
+        shuffled_loader(shapes, shuffle=False, group_by_aspect_ratio=True)
 
 
 def test_augmentation_leaves_the_random_numbers_of_others_alone(shapes):

@@ -29,6 +29,9 @@ from .coco import open_image
 from .labels import LabelMap
 
 
+_CHUNK_BATCHES = 32  # most batches whose pictures are sorted by shape together
+
+
 def load_image(row: Mapping[str, Any]) -> Image.Image:
     """Decode the picture of a canonical row, turned as its annotations see it.
 
@@ -118,6 +121,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         """
         self.epoch.fill_(epoch)
 
+    def aspect_ratios(self) -> np.ndarray:
+        """Return width / height of every picture, as annotated."""
+        return np.asarray(self.dataset["width"]) / np.asarray(self.dataset["height"])
+
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self.dataset)
@@ -151,6 +158,7 @@ def data_loader(
     drop_last: bool = False,
     num_workers: int = 0,
     pin_memory: bool = False,
+    group_by_aspect_ratio: bool = False,
 ) -> DataLoader:
     """Build the loader of a training or validation set.
 
@@ -165,15 +173,22 @@ def data_loader(
         drop_last (`bool`): Whether to leave out an incomplete last batch.
         num_workers (`int`): Processes that read pictures; 0 reads in this one.
         pin_memory (`bool`): Whether to put batches into pinned memory, for faster copies to a GPU.
+        group_by_aspect_ratio (`bool`): Whether to put pictures of like shape into a batch, which then needs little
+            padding; the order of batches is random still.
 
     Returns:
         `DataLoader`: Batches as `collate` returns them.
+
+    Raises:
+        ValueError: If pictures are to be grouped but not shuffled.
     """
+    if group_by_aspect_ratio and not shuffle:
+        raise ValueError("group_by_aspect_ratio is True: it needs shuffle, since it changes the order")
     do_resize = dataset.augmentation is None or not dataset.augmentation.resizes
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(dataset, shuffle),
+        sampler=EpochSampler(dataset, shuffle, batch_size if group_by_aspect_ratio else 1),
         collate_fn=collate(processor, do_resize),
         drop_last=drop_last,
         num_workers=num_workers,
@@ -200,13 +215,18 @@ def collate(
 class EpochSampler(Sampler[int]):
     """Draw every row once an epoch, in an order that depends on the dataset's seed and the epoch alone.
 
+    Grouping is a matter of order: cut into runs of `batch_size`, as any batch sampler does, it gives batches of like
+    aspect ratio. So whatever shards or skips batches does not need to know.
+
     Args:
         dataset (`DetectionDataset`): The rows; it is told the epoch too.
         shuffle (`bool`): Whether to shuffle; otherwise rows come in order.
+        batch_size (`int`): Rows in a run of like aspect ratio; 1 groups nothing.
     """
 
-    def __init__(self, dataset: DetectionDataset, shuffle: bool) -> None:
-        self.dataset, self.shuffle = dataset, shuffle
+    def __init__(self, dataset: DetectionDataset, shuffle: bool, batch_size: int = 1) -> None:
+        self.dataset, self.shuffle, self.batch_size = dataset, shuffle, batch_size
+        self.aspect_ratios = dataset.aspect_ratios() if batch_size > 1 else None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and the augmentation of an epoch.
@@ -225,7 +245,23 @@ class EpochSampler(Sampler[int]):
         if not self.shuffle:
             return iter(range(len(self)))
         rng = np.random.default_rng([self.dataset.seed, int(self.dataset.epoch)])
-        return iter(rng.permutation(len(self)).tolist())
+        order = rng.permutation(len(self))
+        if self.aspect_ratios is not None:
+            order = _grouped(order, self.aspect_ratios, self.batch_size, rng)
+        return iter(order.tolist())
+
+
+def _grouped(order: np.ndarray, ratios: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Sort an order by ratio, a chunk of batches at a time, and shuffle the batches; the incomplete one stays last.
+
+    Chunks are large enough for batches of one shape, and so many that rows meet other rows each epoch.
+    """
+    num_batches = len(order) // batch_size
+    whole, rest = np.split(order, [num_batches * batch_size])
+    chunk = batch_size * max(1, min(_CHUNK_BATCHES, num_batches // 4))
+    chunks = np.split(whole, range(chunk, len(whole), chunk))
+    batches = np.concatenate([part[np.argsort(ratios[part], kind="stable")] for part in chunks])
+    return np.concatenate([rng.permutation(batches.reshape(-1, batch_size)).ravel(), rest])
 
 
 def _collate(
