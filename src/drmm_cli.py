@@ -15,7 +15,7 @@ from pathlib import Path
 
 COMMANDS = {
     "train": (
-        "train a detector from a recipe",
+        "train a detector on your data, with a recipe or without",
         "drmm train scripts/recipes/quickstart_generated.yaml --output runs/quickstart",
     ),
     "evaluate": (

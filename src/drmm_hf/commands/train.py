@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from ..training.arguments import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,9 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (`argparse.ArgumentParser`): The command's parser.
     """
     parser.usage = (
-        "drmm train RECIPE [--data DIR] [--backbone-weights FILE] [--output DIR] [--resume] [--field value ...]"
+        "drmm train [RECIPE] [--data DIR] [--backbone-weights FILE] [--output DIR] [--resume] [--field value ...]"
     )
-    parser.add_argument("recipe", help="yaml file with the sections model, data and training")
+    parser.description = (
+        "Train a detector. RECIPE is a yaml file with the sections model, data and training; without it, one is "
+        "chosen from the data. --field value overrides a field of it."
+    )
     parser.add_argument("--data", metavar="DIR", help="COCO folder, Hub id or image folder (data.source)")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (training.output_dir)")
     parser.add_argument(
@@ -34,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
-    overrides = parse_fields(args.fields)
+    rest = list(args.fields)
+    recipe_file = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    overrides = parse_fields(rest)
     named = {"source": args.data, "output_dir": args.output, "backbone_weights": args.backbone_weights}
     overrides |= {name: value for name, value in named.items() if value is not None}
     if args.resume:
@@ -42,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..training.arguments import load_recipe
 
-    recipe = load_recipe(args.recipe, overrides)
+    recipe = _chosen_recipe(overrides) if recipe_file is None else load_recipe(recipe_file, overrides)
 
     from accelerate import PartialState
     from transformers.utils import logging
@@ -63,6 +73,22 @@ def run(args: argparse.Namespace) -> int:
         draw_pictures(*load_split(recipe.data, "val"), output_dir)
         print(f"{output_dir / 'best'} is the model; curves, pictures, log and summary lie beside it")
     return 0
+
+
+def _chosen_recipe(overrides: dict[str, Any]) -> Recipe:
+    """Choose a recipe from the data; a run that is resumed keeps the one that it was started with."""
+    from ..training.arguments import DataArguments, TrainingArguments, load_recipe
+    from ..training.presets import choose_recipe
+
+    output_dir = Path(overrides.get("output_dir", TrainingArguments.output_dir))
+    if "resume" in overrides and (output_dir / "recipe.yaml").is_file():
+        print(f"no recipe is given: going on with {output_dir / 'recipe.yaml'}")
+        return load_recipe(output_dir / "recipe.yaml", overrides)
+    if overrides.get("source", DataArguments.source) is None:
+        raise ValueError("recipe is missing: name a yaml file, or give --data to have one chosen")
+    recipe, notes = choose_recipe(overrides["source"], overrides)
+    print(notes[0], *(f"  {note}" for note in notes[1:]), sep="\n")
+    return recipe
 
 
 def parse_fields(arguments: list[str]) -> dict[str, str]:

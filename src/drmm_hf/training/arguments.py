@@ -35,6 +35,8 @@ class DataArguments:
         train_annotations (`str`, *optional*): COCO json of that pair.
         val_images (`str`, *optional*): Image folder of the validation pair.
         val_annotations (`str`, *optional*): COCO json of the validation pair.
+        holdout (`float`, *optional*): Share of the training pictures to validate on instead of `val_split`, chosen by
+            their ids.
         overfit_images (`int`, *optional*): Train and evaluate on the first so many training pictures by id with at
             least 5 boxes, to see that a model can learn them by heart.
         num_train_images (`int`): Number of generated training pictures; read with `source: generated` only.
@@ -62,6 +64,7 @@ class DataArguments:
     train_annotations: str | None = None
     val_images: str | None = None
     val_annotations: str | None = None
+    holdout: float | None = None
     overfit_images: int | None = None
     num_train_images: int = 2000
     num_val_images: int = 200
@@ -85,6 +88,7 @@ class DataArguments:
         for name in ("num_train_images", "num_val_images", "shortest_edge", "overfit_images"):
             value = getattr(self, name)
             check(self, "data", name, value is None or value >= 1, "must be at least 1")
+        check(self, "data", "holdout", self.holdout is None or 0 < self.holdout < 1, "must lie between 0 and 1")
         check(self, "data", "num_workers", self.num_workers >= 0, "must not be negative")
         check(self, "data", "longest_edge", self.longest_edge >= self.shortest_edge, "must be at least shortest_edge")
         check(
@@ -275,22 +279,39 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     sections = _load_yaml(Path(path).read_text(), str(path))
     if not isinstance(sections, dict):
         raise ValueError(f"recipe {str(path)!r} must be a mapping with the sections model, data and training")
+    return make_recipe(sections, overrides or {}, f"recipe {str(path)!r}")
+
+
+def make_recipe(sections: Mapping[str, Any], overrides: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Check the sections of a recipe, with some of their fields overridden.
+
+    Args:
+        sections (`Mapping`): `model`, `data` and `training`, each name -> value.
+        overrides (`Mapping`): As in `load_recipe`.
+        where (`str`): What errors call the recipe.
+
+    Returns:
+        `Recipe`: The validated recipe.
+
+    Raises:
+        ValueError: As `load_recipe`.
+    """
     known = {"model": _names(DrmmConfig), "data": _names(DataArguments), "training": _names(TrainingArguments)}
     for section, fields in sections.items():
         if section not in known:
-            raise ValueError(f"recipe {str(path)!r} has an unknown section {section!r}{_nearest(section, known)}")
+            raise ValueError(f"{where} has an unknown section {section!r}{_nearest(section, known)}")
         if not isinstance(fields or {}, dict):
-            raise ValueError(f"section {section!r} of recipe {str(path)!r} must be a mapping, got {fields!r}")
+            raise ValueError(f"section {section!r} of {where} must be a mapping, got {fields!r}")
         for name in fields or {}:
             if name not in known[section]:
                 raise ValueError(f"{section} has no field {name!r}{_nearest(name, known[section])}")
     values = {section: dict(sections.get(section) or {}) for section in known}
-    for option, value in (overrides or {}).items():
+    for option, value in overrides.items():
         name = option.replace("-", "_")
         owners = [section for section, names in known.items() if name in names]
         if not owners:
             raise ValueError(f"no field {option!r} in a recipe{_nearest(name, set().union(*known.values()))}")
-        values[owners[0]][name] = _load_yaml(value, f"--{option}") if isinstance(value, str) else value
+        values[owners[0]][name] = parse_value(option, value)
     try:
         DrmmConfig(**values["model"])
     except (StrictDataclassError, ValueError) as error:
@@ -300,6 +321,22 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         data=DataArguments(**values["data"]),
         training=TrainingArguments(**values["training"]),
     )
+
+
+def parse_value(option: str, value: Any) -> Any:
+    """Read the value of an override.
+
+    Args:
+        option (`str`): Its name, for errors.
+        value (`Any`): Yaml text, or the value itself.
+
+    Returns:
+        `Any`: The value.
+
+    Raises:
+        ValueError: If it is not yaml.
+    """
+    return _load_yaml(value, f"--{option}") if isinstance(value, str) else value
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

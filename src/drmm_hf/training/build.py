@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
@@ -41,6 +43,13 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
     if data.overfit_images is not None:
         dataset, _ = load_split(dataclasses.replace(data, overfit_images=None), "train")
         return first_rich_pictures(dataset, data.overfit_images)
+    if data.holdout is not None:
+        dataset, _ = load_split(dataclasses.replace(data, holdout=None), "train")
+        kept = [_is_held_out(image_id, data.holdout) == (split == "val") for image_id in dataset["image_id"]]
+        dataset = dataset.select(np.flatnonzero(kept))
+        if not len(dataset):
+            raise ValueError(f"data.holdout is {data.holdout}, which leaves no pictures for {split}")
+        return dataset, ground_truth(dataset)
     if data.source == "generated":
         count, seed = {"train": (data.num_train_images, 0), "val": (data.num_val_images, 1)}[split]
         dataset = generate_shapes(count, seed, image_size=tuple(data.image_size))
@@ -171,3 +180,8 @@ def training_loader(
     loader.worker_init_fn = ignore_signals
     loader.generator = torch.Generator()  # its own: starting an epoch must not draw from the model's
     return loader
+
+
+def _is_held_out(image_id: int, share: float) -> bool:
+    """Decide by the id alone, so that pictures that are added later change nothing for those that were there."""
+    return int.from_bytes(hashlib.sha256(str(image_id).encode()).digest()[:8], "big") < share * 2**64

@@ -1,0 +1,253 @@
+"""`drmm train --data FOLDER` and nothing else: choose a recipe from the data, and say what was chosen and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from ..data.coco import find_splits
+from .arguments import DataArguments, Recipe, make_recipe, parse_value
+from .build import load_split
+
+
+# Queries -> rows and columns of the grid that their boxes start from (Appendix C.2 has those from 100 to 2000).
+GRIDS = {100: [10, 10], 300: [15, 20], 500: [20, 25], 1000: [25, 40]}
+# Training pictures up to which the compact detector is chosen, and what it was measured on.
+FEW = 2000
+HOLDOUT = 0.1
+
+
+def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """Choose a recipe for a data set from its number and size of pictures and its most crowded picture.
+
+    Args:
+        source (`str`): Folder or Hub id of the data.
+        overrides (`Mapping`): Fields that the user set, which win: name -> yaml text or value.
+
+    Returns:
+        `tuple[Recipe, list[str]]`: The recipe, and a line for each choice with its reason.
+
+    Raises:
+        ValueError: If the data have no training split, or as `make_recipe`.
+
+    Source: Up to 2000 pictures the numbers of `scripts/recipes/bccd_adamixer_lite0_cpu.yaml`, measured on 205; above,
+        those of Appendix B for Sparse R-CNN. The numbers of epochs in between are judgement.
+    """
+    overrides = {name.replace("-", "_"): parse_value(name, value) for name, value in overrides.items()}
+    data, notes = choose_splits(source, overrides)
+    own = {name: value for name, value in overrides.items() if name in vars(DataArguments())}
+    loaded = make_recipe({"data": {**data, **own}, "training": {"epochs": 1}}, {}).data
+    facts = describe(load_split(loaded, "train")[0])
+    facts["shortest_edge"] = overrides.get("shortest_edge", facts["shortest_edge"])
+    notes.insert(0, "no recipe is given; chosen from the data ({num_images} training pictures, {width} x {height} "
+                 "pixels in the middle, {most} objects in the fullest):".format(**facts))  # fmt: skip
+    sections = few(facts) if facts["num_images"] <= FEW else many(facts)
+    notes += sections.pop("notes")
+    sections["data"] |= data
+    if "num_queries" in overrides:
+        sections["model"]["proposal_grid"] = GRIDS.get(overrides["num_queries"])
+    if "init_from" in overrides:
+        sections["model"] = {}
+        notes.append("architecture: that of init_from")
+    elif "backbone_weights" not in overrides:
+        notes.append(f"backbone_weights: {sections['training']['backbone_weights']}, from the Hub")
+    if "init_from" in overrides or overrides.get("backbone_weights", "") in (None, "none"):
+        sections["training"].pop("backbone_weights")
+        overrides = {name: value for name, value in overrides.items() if name != "backbone_weights"}
+    if any(name in overrides for name in ("max_steps", "max_minutes")):
+        sections["training"].pop("epochs")
+    return make_recipe(sections, overrides), notes
+
+
+def choose_splits(source: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Choose the splits to train on and to choose the best checkpoint on.
+
+    Args:
+        source (`str`): Folder or Hub id of the data.
+        overrides (`Mapping`): `train_split`, `val_split` and `holdout` are the user's if given.
+
+    Returns:
+        `tuple[dict, list[str]]`: Fields of the data section, and a line if pictures are held out.
+
+    Raises:
+        ValueError: If no split is called train, and none is named.
+    """
+    data, notes = {"source": source}, []
+    if source == "generated" or "holdout" in overrides:
+        return data, notes
+    _, splits = find_splits(source)
+    for field, start in (("train_split", "train"), ("val_split", "val")):
+        found = sorted((name for name in splits if name.lower().startswith(start)), key=len)
+        if found and field not in overrides:
+            data[field] = found[0]
+        elif field not in overrides and start == "train":
+            raise ValueError(f"data {source!r} has no split called train, but {sorted(splits)}: name one, train_split")
+        elif field not in overrides:
+            data["holdout"] = HOLDOUT
+            notes.append(f"holdout: {HOLDOUT:g} of the training pictures choose the best checkpoint: no split val")
+    return data, notes
+
+
+def describe(dataset: datasets.Dataset) -> dict[str, int]:
+    """Measure what a recipe depends on.
+
+    Args:
+        dataset (`datasets.Dataset`): Training pictures in the canonical schema.
+
+    Returns:
+        `dict[str, int]`: `num_images`, the median `width` and `height`, the median `shortest_edge` and the largest
+        number of objects in a picture (`most`).
+    """
+    table = dataset.select_columns(["width", "height", "objects"]).with_format("arrow")[:]
+    width, height = (table[name].to_numpy() for name in ("width", "height"))
+    return {
+        "num_images": len(dataset),
+        "width": int(np.median(width)),
+        "height": int(np.median(height)),
+        "shortest_edge": int(np.median(np.minimum(width, height))),
+        "most": int(pc.max(pc.list_value_length(table["objects"])).as_py()),
+    }
+
+
+def few(facts: Mapping[str, int]) -> dict[str, Any]:
+    """Choose for up to 2000 pictures: a compact detector, strong augmentation, many epochs.
+
+    Args:
+        facts (`Mapping`): From `describe`.
+
+    Returns:
+        `dict`: The three sections of a recipe, and `notes`.
+    """
+    queries = enough_queries(facts["most"], least=100)
+    edge = _round(min(max(facts["shortest_edge"], 192), 480), 32)
+    num_images = facts["num_images"]
+    epochs = 300 if num_images <= 100 else 100 if num_images <= 500 else 60
+    small = {
+        "shortest_edge": edge,
+        "longest_edge": _round(1.6 * edge, 32),
+        "augmentation": "paper",
+        "short_edges": [_round(edge * factor, 16) for factor in (0.8, 0.87, 0.93, 1, 1.07, 1.13)],
+        "crop_short_edges": [_round(edge * factor, 8) for factor in (1, 1.17, 1.33)],
+        "crop_sizes": [_round(edge * factor, 8) for factor in (0.73, 1.27)],
+        "colour_distortion": 0.5,
+    }
+    model = {
+        "decoder_type": "adamixer",
+        "backbone_config": {
+            "model_type": "timm_backbone",
+            "backbone": "tf_efficientnet_lite0",
+            "out_indices": [1, 2, 3, 4],
+        },
+        "backbone_norm": "eval",
+        "freeze_backbone_stages": 2,
+        "num_queries": queries,
+        "proposal_grid": GRIDS[queries],
+        "proposal_size": 0.25,
+        "num_stages": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 8,
+        "intermediate_size": 512,
+        "num_sampling_points": 16,
+        "num_mixing_points": 64,
+        "box_delta_unit": "box",
+        "overlap_attention": True,
+        "mcm_weight": 2.0,
+        "likelihood_epsilon": 0,
+    }
+    training = {
+        "backbone_weights": "timm/tf_efficientnet_lite0.in1k",
+        "batch_size": 8,
+        "epochs": epochs,
+        "schedule": "cosine",
+        "final_factor": 0.01,
+        "warmup_steps": 100,
+        "ema_decay": 0.998,
+        "learning_rate": 1.0e-3,
+        "learning_rate_batch_size": 8,
+        "backbone_lr_factor": 0.25,
+        "weight_decay": 1.0e-4,
+        "evaluate_every": max(1, epochs // 20),
+        "eval_batch_size": 8,
+        "log_every": 20,
+    }
+    notes = [
+        f"detector: EfficientNet-Lite0, AdaMixer decoder of 4 stages: {num_images} pictures are few (up to {FEW})",
+        f"num_queries: {queries}, at least 3 for each of the {facts['most']} objects of the fullest picture",
+        f"shortest_edge: {edge}, near the pictures' own {facts['shortest_edge']} (192 to 480)",
+        "augmentation: flips, crops, other sizes, colours: few pictures are soon known by heart",
+        f"epochs: {epochs}, {epochs * num_images} pictures seen; learning rate 1e-3, moving average of the weights",
+    ]
+    return {"model": model, "data": small, "training": training, "notes": notes}
+
+
+def many(facts: Mapping[str, int]) -> dict[str, Any]:
+    """Choose for more than 2000 pictures: the paper's detector and schedule.
+
+    Args:
+        facts (`Mapping`): From `describe`.
+
+    Returns:
+        `dict`: The three sections of a recipe, and `notes`.
+    """
+    queries = enough_queries(facts["most"], least=300)
+    edge = _round(min(max(facts["shortest_edge"], 320), 800), 32)
+    scale = edge / 800
+    large = {
+        "shortest_edge": edge,
+        "longest_edge": round(1333 * scale),
+        "augmentation": "paper",
+        "short_edges": [_round(size * scale, 16) for size in range(480, 801, 32)],
+        "crop_short_edges": [round(size * scale) for size in (400, 500, 600)],
+        "crop_sizes": [round(size * scale) for size in (384, 600)],
+    }
+    model = {
+        "backbone_config": {
+            "model_type": "resnet",
+            "layer_type": "bottleneck",
+            "depths": [3, 4, 6, 3],
+            "hidden_sizes": [256, 512, 1024, 2048],
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+        "backbone_norm": "eval",
+        "freeze_backbone_stages": 1,
+        "num_queries": queries,
+        "proposal_grid": GRIDS[queries],
+    }
+    training = {
+        "backbone_weights": "timm/resnet50.tv_in1k",
+        "batch_size": 2,
+        "accumulation_steps": 8,
+        "epochs": 36,
+        "learning_rate": 5.0e-5,
+        "learning_rate_batch_size": 16,
+        "eval_batch_size": 2,
+    }
+    notes = [
+        f"detector: ResNet-50, Sparse R-CNN decoder of 6 stages, as in the paper: more than {FEW} pictures",
+        f"num_queries: {queries}, at least 300 and 3 for each of the {facts['most']} objects of the fullest picture",
+        f"shortest_edge: {edge}, near the pictures' own {facts['shortest_edge']} (320 to 800)",
+        "augmentation and 36 epochs: the paper's; steps of 16 pictures, as 2 x 8 accumulated: with N processes give "
+        "--accumulation-steps 8/N",
+    ]
+    return {"model": model, "data": large, "training": training, "notes": notes}
+
+
+def enough_queries(most: int, least: int) -> int:
+    """Choose a number of queries.
+
+    Args:
+        most (`int`): Objects in the fullest picture.
+        least (`int`): Lower bound.
+
+    Returns:
+        `int`: The smallest of `GRIDS` that is at least `least` and 3 for each of these objects; else the largest.
+    """
+    return next((number for number in GRIDS if number >= max(least, 3 * most)), max(GRIDS))
+
+
+def _round(value: float, multiple: int) -> int:
+    return multiple * round(value / multiple)

@@ -1,0 +1,86 @@
+import pytest
+
+from drmm_hf import DrmmConfig
+from drmm_hf.data.coco import save_coco
+from drmm_hf.data.generated import generate_shapes
+from drmm_hf.training.build import load_split
+from drmm_hf.training.loop import train
+from drmm_hf.training.presets import GRIDS, choose_recipe, describe, few, many
+
+
+FACTS = {"num_images": 205, "width": 640, "height": 480, "shortest_edge": 480, "most": 29}
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """A COCO folder of 12 training and 3 validation pictures."""
+    for split, count in (("train", 12), ("val", 3)):
+        save_coco(generate_shapes(count, count, (64, 64)), tmp_path / "shapes", split)
+    return tmp_path / "shapes"
+
+
+@pytest.mark.parametrize("num_images", [50, 500, 2000, 5000, 100_000])
+@pytest.mark.parametrize("most", [1, 40, 101, 900])
+@pytest.mark.parametrize("edge", [40, 240, 480, 3000])
+def test_whatever_the_data_the_recipe_is_valid(num_images, most, edge):
+    choose = few if num_images <= 2000 else many
+    sections = choose({**FACTS, "num_images": num_images, "most": most, "shortest_edge": edge})
+    config = DrmmConfig(**sections["model"])
+    assert config.num_queries >= min(3 * most, max(GRIDS))
+    data = sections["data"]
+    assert data["shortest_edge"] in data["short_edges"] and data["longest_edge"] >= data["shortest_edge"]
+    assert all(
+        name in {note.partition(":")[0] for note in sections["notes"]} for name in ("num_queries", "shortest_edge")
+    )
+    if num_images > 2000 and edge >= 800:  # the paper's sizes
+        assert data["short_edges"] == list(range(480, 801, 32))
+        assert (data["crop_short_edges"], data["crop_sizes"], data["longest_edge"]) == (
+            [400, 500, 600],
+            [384, 600],
+            1333,
+        )
+
+
+def test_more_pictures_need_fewer_epochs():
+    epochs = [few({**FACTS, "num_images": number})["training"]["epochs"] for number in (50, 500, 2000)]
+    epochs.append(many({**FACTS, "num_images": 5000})["training"]["epochs"])
+    assert epochs == sorted(epochs, reverse=True) and len(set(epochs)) == 4
+
+
+def test_the_facts_are_those_of_the_pictures(shapes):
+    dataset = generate_shapes(12, 12, (64, 96))
+    most = max(len(row["objects"]) for row in dataset)
+    assert describe(dataset) == {"num_images": 12, "width": 96, "height": 64, "shortest_edge": 64, "most": most}
+
+
+def test_what_is_chosen_is_said_and_what_is_given_wins(shapes):
+    recipe, notes = choose_recipe(str(shapes), {"backbone-weights": "none", "num_queries": "500", "max-steps": "3"})
+    assert "12 training pictures, 64 x 64" in notes[0]
+    assert recipe.model["decoder_type"] == "adamixer"
+    assert (recipe.training.backbone_weights, recipe.training.epochs, recipe.training.max_steps) == (None, None, 3)
+    recipe, notes = choose_recipe(str(shapes), {})
+    assert recipe.training.backbone_weights == "timm/tf_efficientnet_lite0.in1k"
+    assert any("from the Hub" in note for note in notes)
+    recipe, _ = choose_recipe(str(shapes), {"init_from": "somewhere"})
+    assert (recipe.model, recipe.training.backbone_weights) == ({}, None)
+
+
+def test_pictures_are_held_out_where_there_is_no_validation_split(tmp_path):
+    save_coco(generate_shapes(40, 0, (64, 64)), tmp_path / "shapes", "train")
+    recipe, notes = choose_recipe(str(tmp_path / "shapes"), {"backbone_weights": "none"})
+    assert any(note.startswith("holdout: 0.1") for note in notes)
+    (kept, _), (held_out, annotations) = (load_split(recipe.data, split) for split in ("train", "val"))
+    ids = kept["image_id"], held_out["image_id"]
+    assert len(ids[0]) + len(ids[1]) == 40 and not set(ids[0]) & set(ids[1])
+    assert 0 < len(ids[1]) < 12
+    assert [image["id"] for image in annotations["images"]] == list(ids[1])
+    save_coco(generate_shapes(5, 0, (64, 64)), tmp_path / "tests", "test")
+    with pytest.raises(ValueError, match="no split called train"):
+        choose_recipe(str(tmp_path / "tests"), {})
+
+
+def test_a_chosen_recipe_trains(shapes, tmp_path):
+    options = {"backbone_weights": "none", "max_steps": 1, "output_dir": str(tmp_path / "run"), "batch_size": 2}
+    small = {"shortest_edge": 64, "short_edges": "[64]", "crop_short_edges": "[64]", "crop_sizes": "[48, 64]"}
+    recipe, _ = choose_recipe(str(shapes), {**options, **small, "longest_edge": 96})
+    assert train(recipe)["steps"] == 1
