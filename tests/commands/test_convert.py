@@ -76,3 +76,13 @@ def test_what_is_no_checkpoint_is_said_in_one_line_and_nothing_is_written(conten
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("drmm convert: ") and "mödel.pth" in said and words in said
     assert [entry.name for entry in tmp_path.iterdir()] == ["mödel.pth"]
+
+
+def test_values_of_fields_are_read_as_in_a_recipe(tmp_path, capsys, monkeypatch):
+    given = {}
+    monkeypatch.setattr("drmm_hf.conversion.convert.convert_checkpoint", lambda *args: given.update(args[-1]))
+    fields = ["--likelihood-epsilon", "1e-9", "--top-k-ratio=null", "--criterion", "no"]
+    assert main(["convert", "x.pth", str(tmp_path / "out"), *fields]) == 0
+    assert given == {"likelihood_epsilon": 1e-9, "top_k_ratio": None, "criterion": "no"}
+    assert main(["convert", "x.pth", str(tmp_path / "out"), "--hidden-size", "[1"]) == 2
+    assert "--hidden-size is not valid yaml" in capsys.readouterr().err

@@ -49,3 +49,24 @@ def test_names_that_do_not_fit_are_errors(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="has no categories"):
         class_fields(tmp_path / "x.json", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.json", b"{", "has no categories with id and name"),
+        ("x.json", b'{"categories": {"cat": 1}}', "has no categories with id and name"),
+        ("x.json", b'{"categories": [{"id": 1}, {"id": 2}]}', "has no categories with id and name"),
+        ("x.json", b'{"categories": [{"id": "1", "name": "cat"}]}', "whose name is no text or whose id is no integer"),
+        ("x.txt", b"\xff\xfe\x00", "is no text in UTF-8"),
+    ],
+)
+def test_files_of_another_form_are_named(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' {words}|{name}' has categories {words}"):
+        class_fields(tmp_path / name, 2)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert class_fields(tmp_path / "names.txt", 2)["id2label"][0] == "cat"

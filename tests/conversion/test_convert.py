@@ -153,11 +153,15 @@ def shorter(weights, part):
         ),
         (
             lambda w: shorter(w, "bbox_head.1.ffn_norm"),
-            "another shape than the rest implies: .*layers.1.stage.feed_forward_norm.bias', .*weight'.$",
+            "another shape or type than the rest implies: .*layers.1.stage.feed_forward_norm.bias', .*weight'.$",
         ),
         (
             lambda w: {n: v + 1 if "1.attn.w_msa.relative_position_index" in n else v for n, v in w.items()},
             "other than what the model computes: .*",
+        ),
+        (
+            lambda w: w | {"roi_head.bbox_head.0.ffn_norm.bias": torch.ones(32, dtype=torch.complex64)},
+            "another shape or type than the rest implies: 'decoder.layers.0.stage.feed_forward_norm.bias'.$",
         ),
         (
             lambda w: w | {"roi_head.bbox_head.0.ffn_norm.bias": torch.full((32,), torch.nan)},
@@ -168,7 +172,17 @@ def shorter(weights, part):
             "no pattern fits 1 of .*: 'backbone.norm9",
         ),
     ],
-    ids=["extra", "stray average", "left over", "missing", "shape", "other positions", "nan", "other backbone"],
+    ids=[
+        "extra",
+        "stray average",
+        "left over",
+        "missing",
+        "shape",
+        "other positions",
+        "complex",
+        "nan",
+        "other backbone",
+    ],
 )
 def test_anything_unexplained_is_an_error_and_writes_nothing(damage, words, tmp_path):
     weights = mmdetection_weights(tiny_detector("sparse_rcnn", "box", backbone_config=tiny_swin()))
@@ -213,3 +227,49 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path):
     (tmp_path / "out" / "mine.txt").unlink()
     convert_checkpoint(tmp_path / "public.pth", tmp_path / "out", fields=HEADS)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_links_are_followed_and_stay(tmp_path):
+    torch.save(mmdetection_weights(tiny_detector("sparse_rcnn", "box")), tmp_path / "public.pth")
+    (tmp_path / "empty").mkdir()
+    for link, target in (("link", "empty"), ("dangling", "new"), ("loop", "loop")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    for link, target in (("link", "empty"), ("dangling", "new")):
+        convert_checkpoint(tmp_path / "public.pth", tmp_path / link, fields=HEADS)
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "config.json").is_file()
+    with pytest.raises(FileExistsError, match="loop' exists"):
+        convert_checkpoint(tmp_path / "public.pth", tmp_path / "loop", fields=HEADS)
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_of_two_conversions_into_one_folder_the_first_to_end_stays(made_before, tmp_path, monkeypatch):
+    torch.save(mmdetection_weights(tiny_detector("sparse_rcnn", "box")), tmp_path / "public.pth")
+    output = tmp_path / "out"
+    if made_before:
+        output.mkdir()
+
+    def other_process(*args):
+        output.mkdir(exist_ok=True)
+        (output / "theirs").write_text("theirs")
+        return "card"
+
+    monkeypatch.setattr("drmm_hf.conversion.convert.model_card", other_process)
+    with pytest.raises(FileExistsError, match="out' was filled by another process"):
+        convert_checkpoint(tmp_path / "public.pth", output, fields=HEADS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "public.pth"]
+    assert [path.name for path in output.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("name", ["num_labels", "id2label", "label2id"])
+def test_classes_are_not_set_as_fields(name, tmp_path):
+    torch.save(mmdetection_weights(tiny_detector("sparse_rcnn", "box")), tmp_path / "public.pth")
+    with pytest.raises(ValueError, match=f"field '{name}' is the checkpoint's: .* --labels"):
+        convert_checkpoint(tmp_path / "public.pth", tmp_path / "out", fields=HEADS | {name: {0: "cat"}})
+
+
+def test_settings_of_unexpected_types_are_not_heard(tmp_path):
+    text = "a = dict(mean=['a', 'b', 'c'])"
+    content = {"state_dict": mmdetection_weights(tiny_detector("sparse_rcnn", "box"))}
+    _, report = converted(content | {"meta": {"config": text, "CLASSES": 3}}, tmp_path)
+    assert report.class_names == "none"
+    assert list(DrmmImageProcessor.from_pretrained(tmp_path / "out").image_mean) == DrmmImageProcessor.image_mean

@@ -70,7 +70,9 @@ def test_plain_names_are_the_moving_average(tmp_path):
         ({"dataset_meta": {"classes": ["cat", "dog"]}}, ["cat", "dog"]),
         ({"dataset_meta": {"CLASSES": ("cat",)}}, ["cat"]),
         ({"CLASSES": "cat"}, ["cat"]),
+        ({"CLASSES": [1, 2]}, ["1", "2"]),
         ({"CLASSES": None, "epoch": 3}, None),
+        ({"CLASSES": 80}, None),
     ],
 )
 def test_class_names_of_every_version(meta, names, tmp_path):

@@ -141,6 +141,12 @@ def test_an_unknown_field_names_the_nearest(name, nearest):
             tiny_config(**{name: 3})
 
 
+@pytest.mark.parametrize("backbone", [{}, {"model_type": "resnt"}, {"depths": [1, 1, 1, 1]}, {"model_type": None}])
+def test_the_kind_of_a_backbone_is_known(backbone):
+    with pytest.raises(ValueError, match=r'^backbone_config={.*} must have a "model_type" .* such as "resnet"\.$'):
+        tiny_config(backbone_config=backbone)
+
+
 @pytest.mark.parametrize("names", [["cat", "dog"], 2])
 def test_names_of_classes_are_a_dict(names):
     with pytest.raises(ValueError, match=r"^id2label=.* must be a dict of names by label\.$"):

@@ -27,7 +27,8 @@ def class_fields(labels: str | Path | list[str] | None, num_labels: int) -> dict
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file has no categories, the number of names is another, or a name occurs twice.
+        ValueError: if the file is no text or has no categories, the number of names is another, or a name occurs
+            twice.
     """
     if labels is None:
         return {"num_labels": num_labels}
@@ -39,13 +40,9 @@ def class_fields(labels: str | Path | list[str] | None, num_labels: int) -> dict
     elif not Path(labels).is_file():
         raise FileNotFoundError(f'labels {str(labels)!r} is neither a file nor "coco".')
     elif Path(labels).suffix == ".json":
-        content = json.loads(Path(labels).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not content.get("categories"):
-            raise ValueError(f"labels {str(labels)!r} has no categories; a json file of labels has COCO's form.")
-        categories = content["categories"]
-        names, ids = [category["name"] for category in categories], [category["id"] for category in categories]
+        names, ids = _read_categories(Path(labels))
     else:
-        names = [line.strip() for line in Path(labels).read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in _read_text(Path(labels)).splitlines() if line.strip()]
     if len(names) != num_labels or len(set(names)) != num_labels:
         raise ValueError(
             f"the weights know {num_labels} classes, but there are {len(names)} names, {len(set(names))} of them "
@@ -54,3 +51,22 @@ def class_fields(labels: str | Path | list[str] | None, num_labels: int) -> dict
     if ids is None and names == list(coco.values()):
         ids = list(coco)
     return {"id2label": dict(enumerate(names))} | ({} if ids is None else {"category_ids": ids})
+
+
+def _read_categories(path: Path) -> tuple[list[str], list[int]]:
+    """Return names and ids of the categories in a COCO annotation file."""
+    try:
+        categories = json.loads(_read_text(path))["categories"]
+        names, ids = [category["name"] for category in categories], [category["id"] for category in categories]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"labels {str(path)!r} has no categories with id and name, as COCO's files have.") from error
+    if not all(isinstance(name, str) for name in names) or not all(isinstance(index, int) for index in ids):
+        raise ValueError(f"labels {str(path)!r} has categories whose name is no text or whose id is no integer.")
+    return names, ids
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"labels {str(path)!r} is no text in UTF-8.") from error

@@ -1,8 +1,10 @@
 """Turn a public checkpoint into a model folder, and account for every tensor."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -108,9 +110,12 @@ def convert_checkpoint(
         ValueError: if the checkpoint cannot be read or holds another network, or a tensor of either side is left
             without a counterpart or a reason.
     """
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    output = Path(os.path.realpath(output))  # a link is followed and stays
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"output {str(output)!r} exists; give a new folder.")
+    for name in fields or {}:
+        if name in ("num_labels", "id2label", "label2id"):
+            raise ValueError(f"field {name!r} is the checkpoint's: name its classes with --labels (labels=...).")
     public = read_checkpoint(checkpoint, trust_pickle)
     try:
         names = detector_names(public.weights)
@@ -153,9 +158,16 @@ def convert_checkpoint(
         (folder / "conversion.json").write_text(text + "\n", encoding="utf-8")
         card = model_card(config, report.source, family, report.sha256)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
+        try:
+            if output.exists():
+                output.rmdir()
+            folder.rename(output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise FileExistsError(
+                f"output {str(output)!r} was filled by another process; give a new folder."
+            ) from error
     return report
 
 
@@ -182,8 +194,11 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[set[
     wrong = {
         "missing": own.keys() - weights.keys() - added.keys(),
         "left over": weights.keys() - own.keys() - recomputed,
-        "of another shape than the rest implies": {
-            name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
+        "of another shape or type than the rest implies": {
+            name
+            for name in own.keys() & weights.keys()
+            if own[name].shape != weights[name].shape
+            or (own[name].is_floating_point() and not weights[name].is_floating_point())
         },
         "not finite": [name for name, value in weights.items() if not value.isfinite().all()],
         "other than what the model computes": changed,
@@ -240,6 +255,7 @@ def _processor(settings: Mapping[str, list]) -> DrmmImageProcessor:
     stated = {}
     for name, field in (("mean", "image_mean"), ("std", "image_std")):
         values = [value for value in settings.get(name, ()) if isinstance(value, list | tuple) and len(value) == 3]
+        values = [value for value in values if all(isinstance(channel, int | float) for channel in value)]
         if len(values) == 1:
             stated[field] = [round(value / 255, 6) for value in values[0]]
     return DrmmImageProcessor(**stated)

@@ -137,6 +137,6 @@ def _class_names(meta: Mapping[str, Any]) -> list[str] | None:
     data = meta.get("dataset_meta")
     data = data if isinstance(data, Mapping) else {}
     names = meta.get("CLASSES") or data.get("classes") or data.get("CLASSES")
-    if not names:
-        return None
-    return [names] if isinstance(names, str) else list(names)
+    if isinstance(names, str):
+        return [names]
+    return list(map(str, names)) if isinstance(names, list | tuple) and names else None

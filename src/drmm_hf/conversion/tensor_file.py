@@ -44,9 +44,8 @@ def read_tensor_file(path: str | Path, trust_pickle: bool = False) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}; it must be a file of tensors."
-        )
+        found = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{str(path)!r} {found}; it must be a file of tensors.")
     with path.open("rb") as file:
         start = file.read(512)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:

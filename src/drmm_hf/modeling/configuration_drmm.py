@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import (
     StrictDataclassFieldValidationError,
     strict,
 )
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
@@ -161,7 +161,8 @@ class DrmmConfig(PreTrainedConfig):
             The data set's own category id of each label, for writing results.
 
     Raises:
-        ValueError: if a field is unknown (the nearest is named), or `id2label` is no dict.
+        ValueError: if a field is unknown (the nearest is named), `id2label` is no dict, or `backbone_config` is of a
+            `model_type` that transformers does not know.
         StrictDataclassError: the error of `huggingface_hub.dataclasses.strict` for wrong types and values, in one
             sentence that names field, value and rule.
     """
@@ -245,6 +246,10 @@ class DrmmConfig(PreTrainedConfig):
                     f"{name}={kwargs[name]!r} is not a field of DrmmConfig; the nearest is {nearest[0]!r}."
                 )
         _require(isinstance(self.id2label, dict | None), "id2label", self.id2label, "be a dict of names by label")
+        if isinstance(self.backbone_config, dict):
+            known = self.backbone_config.get("model_type") in CONFIG_MAPPING
+            rule = 'have a "model_type" that transformers knows, such as "resnet"'
+            _require(known, "backbone_config", self.backbone_config, rule)
         if self.id2label is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = 80
         defaults = {
