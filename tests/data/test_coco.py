@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 
@@ -120,6 +121,62 @@ def test_arguments_of_other_sources_are_refused(coco_folder):
         load_detection_dataset(folder, "val", bbox_format="xyxy")
     with pytest.raises(ValueError, match="categories does not apply"):
         load_detection_dataset(folder, "val", categories=[])
+
+
+@pytest.mark.parametrize(("name", "asked"), [("val2017", "val"), ("valid", "validation"), ("val", "val2017")])
+def test_usual_names_of_a_split_are_the_same(coco_folder, name, asked):
+    folder, _ = coco_folder
+    (folder / "annotations" / "instances_val.json").rename(folder / "annotations" / f"instances_{name}.json")
+    assert len(load_detection_dataset(folder, asked)) == 3  # the pictures are in val still
+    assert coco_paths(folder, asked) == (folder / "annotations" / f"instances_{name}.json", folder / "val")
+    for unknown in ("test", "test-dev2017", "train2017", "va"):
+        with pytest.raises(ValueError, match=rf"split {unknown!r} is not in .*: it has \['{name}'\]"):
+            load_detection_dataset(folder, unknown)
+
+
+def test_two_splits_of_one_usual_name_must_be_told_apart(coco_folder, content):
+    folder, _ = coco_folder
+    for name in ("val2014", "val2017"):
+        (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    assert len(load_detection_dataset(folder, "val2014")) == 3
+    with pytest.raises(ValueError, match=r"it has \['val', 'val2014', 'val2017'\]"):
+        load_detection_dataset(folder, "validation")
+
+
+def roboflow(folder, content, names, supercategory="project"):
+    """Turn the COCO folder into an export of Roboflow with the given categories."""
+    (folder / "val").rename(folder / "valid")
+    records = [{"id": 0, "name": "project", "supercategory": "none"}]
+    records += [{"id": number, "name": name, "supercategory": supercategory} for number, name in names.items()]
+    text = json.dumps(content | {"categories": records})
+    (folder / "valid" / "_annotations.coco.json").write_text(text)
+    (folder / "annotations" / "instances_val.json").unlink()
+
+
+def test_roboflow_folders_lose_the_category_that_names_the_project(coco_folder, content, caplog):
+    folder, _ = coco_folder
+    roboflow(folder, content, {90: "crab", 4: "newt"})
+    with caplog.at_level(logging.WARNING, logger="drmm_hf"):
+        dataset = load_detection_dataset(folder, "val")
+    assert categories(dataset) == content["categories"]
+    assert "category 0 ('project') is the name of the project" in caplog.text
+    assert [row["image_id"] for row in rows_of(dataset)] == [7, 3, 11]
+    assert dataset[0]["image"].size == (40, 30)
+    assert coco_paths(folder, "val") is None  # figures are measured against the classes that there are
+    with pytest.raises(ValueError, match=r"it has \['valid'\]"):
+        load_detection_dataset(folder, "test")
+
+
+@pytest.mark.parametrize("case", ["used", "other supercategory", "alone"])
+def test_a_category_of_roboflow_that_is_a_class_stays(coco_folder, content, case):
+    names = {} if case == "alone" else {90: "crab", 4: "newt"}
+    if case == "used":
+        content["annotations"][0]["category_id"] = 0
+    if case == "alone":
+        content["annotations"] = []
+    folder, _ = coco_folder
+    roboflow(folder, content, names, "animal" if case == "other supercategory" else "project")
+    assert [record["id"] for record in categories(load_detection_dataset(folder, "valid"))] == [0, *names]
 
 
 BROKEN = {
