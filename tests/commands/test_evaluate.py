@@ -11,7 +11,7 @@ from drmm_cli import main
 from drmm_hf.commands.evaluate import comparison_table, table
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics
-from drmm_hf.evaluation.deduplication import nms, winner_take_all
+from drmm_hf.evaluation.deduplication import deduplicate
 from drmm_hf.evaluation.detections import Detections
 
 
@@ -63,10 +63,10 @@ def test_duplicates_are_removed_when_asked_and_the_figures_say_so(model_folder, 
         assert main(["evaluate", str(model_folder), str(coco_folder), "--output", str(output), *options]) == 0
     before = Detections.load(found / "detections.json", label_map)
     assert json.loads((found / "metrics.json").read_text())["deduplication"] is None
-    for output, method, function in ((kept, "nms", nms), (won, "wta", winner_take_all)):
-        after = function(before, 0.1)
+    for output, method in ((kept, "nms"), (won, "wta")):
+        after, capped = deduplicate(before, method, 0.1)
         removed = before.num_boxes - after.num_boxes
-        applied = {"method": method, "iou_threshold": 0.1, "num_removed": removed}
+        applied = {"method": method, "iou_threshold": 0.1, "num_removed": removed, "num_capped": capped}
         assert removed > 0 and json.loads((output / "metrics.json").read_text())["deduplication"] == applied
         assert json.loads((output / "detections.json").read_text()) == after.to_coco(label_map)
     assert f"{removed} detections were removed by WTA at IoU 0.1" in capsys.readouterr().out
@@ -76,6 +76,30 @@ def test_duplicates_are_removed_when_asked_and_the_figures_say_so(model_folder, 
     assert "--wta: not allowed with argument --nms" in capsys.readouterr().err
     assert main(["evaluate", str(model_folder), str(coco_folder), "--nms", "1.5"]) == 2
     assert "nms is 1.5; the rule is an IoU in [0, 1]" in capsys.readouterr().err
+
+
+def test_a_sweep_is_written_drawn_and_printed(coco_folder, tmp_path, capsys):
+    """One object found three times, at IoU 0.64 and 1."""
+    boxes = [[5.0, 8.0, 30.0, 25.0], [5.0, 8.0, 30.0, 16.0], [5.0, 8.0, 30.0, 25.0]]
+    entries = [
+        {"image_id": 10, "category_id": 3, "bbox": box, "score": score}
+        for box, score in zip(boxes, (0.75, 0.5, 0.375), strict=True)
+    ]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(entries))
+    output = tmp_path / "out"
+    command = ["evaluate", str(coco_folder), "--detections", str(results), "--sweep", "--output", str(output)]
+    assert main(command) == 0
+    swept = json.loads((output / "duplicates.json").read_text())
+    removed = {entry["iou_threshold"]: entry["num_removed"] for entry in swept["nms"]}
+    assert removed == {0.5: 2, 0.6: 2, 0.7: 1, 0.8: 1, 0.9: 1, 1.0: 0}
+    assert swept["none"]["duplicate_rate"] == pytest.approx(2 / 3)
+    assert [entry["num_capped"] for entry in swept["wta"]] == [1, 1, 1, 1, 1, 0]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["WTA", "0.50", "50.00", "50.00", "0.00", "0.00", "0.00", "2", "1"] in lines
+    for name in ("duplicates.png", "duplicates_reliability.png", "duplicates_boxes.png"):
+        assert Image.open(output / name).width > 1000
+        assert name in lines[-1] or f"{name}," in lines[-1]
 
 
 def test_what_is_wrong_is_said_in_words(model_folder, coco_folder, tmp_path, capsys):
@@ -107,8 +131,11 @@ def test_the_table_shows_what_is_not_defined_and_what_was_left_out():
     assert lines[5].split() == ["1.20", "-"]
     assert "a long name   12.35" in lines and "b                 -" in lines
     assert lines[-1] == "4 boxes without width or height were left out"
-    metrics |= {"deduplication": {"method": "wta", "iou_threshold": 0.7, "num_removed": 5}}
-    assert table(metrics).splitlines()[-1] == "5 detections were removed by WTA at IoU 0.7"
+    metrics |= {"deduplication": {"method": "wta", "iou_threshold": 0.7, "num_removed": 5, "num_capped": 2}}
+    assert table(metrics).splitlines()[-2:] == [
+        "5 detections were removed by WTA at IoU 0.7",
+        "2 sums of confidences were stopped at 1",
+    ]
 
 
 @pytest.mark.parametrize("displayed", [True, False], ids=["displayed", "stored"])

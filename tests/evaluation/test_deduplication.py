@@ -1,16 +1,19 @@
 """NMS and winner-take-all against loops in exact fractions, torchvision, and their own laws."""
 
+import json
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
-from drmm_hf.evaluation.deduplication import nms, winner_take_all
+from drmm_hf.data.labels import LabelMap
+from drmm_hf.evaluation.deduplication import nms, sweep, winner_take_all
 from drmm_hf.evaluation.detections import Detections
+from drmm_hf.evaluation.evaluate import measure
 
 
 # Eighths, so that the comparison with an IoU of integer boxes is exact in floats and fractions alike.
@@ -156,3 +159,43 @@ def test_sums_stop_at_one_and_reorder():
 def test_a_threshold_that_is_no_iou_is_refused(function, threshold):
     with pytest.raises(ValueError, match="iou_threshold is .*; the rule is a number in"):
         function(Detections(), threshold)
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 1000))
+def test_a_sweep_has_the_figures_of_each_threshold_alone(scene, seed):
+    truth, results = scene(seed)
+    label_map = LabelMap.from_categories(truth["categories"])
+    detections = Detections.from_coco(results, label_map, [image["id"] for image in truth["images"]])
+    mapping = dict(enumerate(label_map.category_ids))
+    swept = sweep(detections, truth, (0.3, 0.7, 1.0), top_k=9, progress=False)
+    assert json.loads(json.dumps(swept, allow_nan=False)) == swept
+    for method in ("nms", "wta"):
+        assert [entry["iou_threshold"] for entry in swept[method]] == [0.3, 0.7, 1.0]
+        for entry in swept[method]:
+            alone = measure(detections, truth, mapping, top_k=9, **{method: entry["iou_threshold"]})
+            for name in ("AP", "AR100", "ECE", "ECE_0.1", "num_detections", "reliability"):
+                assert entry[name] == (alone[name] if isinstance(alone[name], dict) else pytest.approx(alone[name]))
+            for name in ("num_removed", "num_capped"):
+                assert entry[name] == alone["deduplication"][name]
+        assert swept[method][-1] == {"iou_threshold": 1.0} | swept["none"]
+    best = max(entry["AP"] for entry in swept["nms"])
+    assert best == next(e["AP"] for e in swept["nms"] if e["iou_threshold"] == swept["best_iou_threshold"])
+
+
+def test_the_duplicate_rate_counts_confident_predictions_whose_object_is_taken():
+    truth = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 5, "name": "a"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [0, 0, 10, 10]}],
+    }
+    boxes = [[0, 0, 10, 10], [0, 0, 10, 9.5], [50, 50, 60, 60], [0, 0, 10, 10], [0, 0, 10, 10]]
+    detections = Detections()
+    detections.add(1, {"boxes": boxes, "scores": [0.9, 0.8, 0.7, 0.6, 0.05], "labels": [0] * 5})
+    swept = sweep(detections, truth, (0.97, 0.5), progress=False)
+    assert swept["none"]["duplicate_rate"] == pytest.approx(2 / 4)
+    assert swept["nms"][0]["duplicate_rate"] == pytest.approx(1 / 3)  # only the two exact copies go
+    assert [entry["num_removed"] for entry in swept["nms"]] == [2, 3]
+    assert swept["nms"][1]["duplicate_rate"] == 0
+    assert [entry["num_capped"] for entry in swept["wta"]] == [1, 1]
+    assert [entry["num_capped"] for entry in swept["nms"]] == [0, 0]

@@ -152,7 +152,7 @@ def test_what_was_done_about_duplicates_is_measured_and_said(dataset, tmp_path, 
     entries = json.loads((tmp_path / "detections.json").read_text())
     assert sorted((entry["score"] for entry in entries), reverse=True) == sorted(scores, reverse=True)
     assert metrics["num_other_labels"] == 1 and metrics["num_detections"] == len(scores)
-    expected = [{"method": m, "iou_threshold": t, "num_removed": removed} for m, t in options.items()]
+    expected = [{"method": m, "iou_threshold": t, "num_removed": removed, "num_capped": 0} for m, t in options.items()]
     assert metrics["deduplication"] == (expected[0] if options else None)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert metrics["ECE"] == calibration(ground_truth(dataset), entries).ece

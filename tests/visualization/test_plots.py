@@ -88,3 +88,42 @@ def test_an_empty_log_is_refused(tmp_path):
 def test_pyplot_and_its_global_state_stay_away(tmp_path):
     plots.training_curves(log(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}]), tmp_path / "curves.png")
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_diagrams_side_by_side_share_their_axes(tmp_path, figures):
+    counts = [np.array([9000, 30, 0, 20, 4, 3, 2, 1, 1, 7]), np.array([5, 3, 2, 20, 4, 3, 2, 1, 1, 7])]
+    results = dict(zip(("before", "after"), map(reliability, counts), strict=True))
+    path = plots.reliability_diagrams(results, tmp_path / "two.png", ["p", "o"], ["AP 1 %", "AP 2 %"])
+    assert Image.open(path).size[0] > 1000
+    axes = figures[0].axes
+    assert [one.get_title(loc="left") for one in axes[:2]] == ["before", "after"]
+    assert [one.get_xlabel() for one in axes[2:]] == ["p", "o"]
+    assert len({one.get_ylim() for one in axes[2:]}) == 1 and axes[2].get_ylim()[1] > 9000
+    assert [one.texts[0].get_text() for one in axes[:2]] == ["ECE 10.00 %\nAP 1 %", "ECE 10.00 %\nAP 2 %"]
+    for one, count in zip(axes[2:], counts, strict=True):
+        assert [bar.get_height() for bar in one.containers[0]] == count[count > 0].tolist()
+
+
+def test_curves_of_a_sweep(tmp_path, figures):
+    def entry(value, iou_threshold=None):
+        return {"AP": value, "ECE_0.1": value / 2, "duplicate_rate": None, "iou_threshold": iou_threshold}
+
+    swept = {"none": entry(0.3)}
+    swept |= {"nms": [entry(0.5, 0.5), entry(0.3, 1.0)], "wta": [entry(0.6, 0.5), entry(0.3, 1.0)]}
+    assert Image.open(plots.deduplication_curves(swept, tmp_path / "sweep.png")).size[0] > 1000
+    precision, error, duplicates = figures[0].axes
+    lines = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in precision.lines}
+    assert list(lines["NMS"][0]) == [0.5, 1.0] and list(lines["NMS"][1]) == [50, 30]
+    assert list(lines["WTA"][1]) == [60, 30] and set(lines["as predicted"][1]) == {30}
+    assert list(error.lines[1].get_ydata()) == [25, 15] and not duplicates.lines
+
+
+def test_boxes_are_drawn_by_confidence(tmp_path, figures):
+    image = Image.new("RGB", (60, 40), "white")
+    boxes = np.array([[0, 0, 10, 20], [5, 5, 30, 30], [1, 1, 2, 2]], dtype=float)
+    panels = [("one", image, boxes, np.array([0.9, 0.3, 0.05])), ("two", image, boxes[:1], np.array([0.5]))]
+    plots.confidence_boxes(panels, tmp_path / "boxes.png")
+    first, second = figures[0].axes
+    drawn = [(patch.get_bbox().extents.tolist(), patch.get_linestyle() == "solid") for patch in first.patches]
+    assert drawn == [([0, 0, 10, 20], True), ([5, 5, 30, 30], False)]
+    assert [patch.get_linestyle() == "solid" for patch in second.patches] == [False]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
+    from PIL.Image import Image
 
     from ..evaluation.detections import Detections
 
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     duplicates.add_argument(
         "--wta", type=float, metavar="IOU", help="likewise, and add their confidences to the boxes that remain"
+    )
+    duplicates.add_argument(
+        "--sweep", action="store_true", help="measure NMS and winner-take-all at IoU 0.5 to 1, and draw the figures"
     )
     parser.add_argument(
         "--losses", action="store_true", help="measure the likelihood of the annotations too (D-RMM's mixtures only)"
@@ -114,6 +118,10 @@ def run(args: argparse.Namespace) -> int:
         metrics = evaluate(model, processor, dataset, annotations, args.output, batch_size=args.batch_size, **options)
     written = ["metrics.json", "detections.json", *draw_pictures(dataset, annotations, Path(args.output))]
     print(f"\n{table(metrics)}")
+    if args.sweep:
+        swept, files = measure_duplicates(dataset, annotations, Path(args.output), args.top_k)
+        written += files
+        print(f"\n{sweep_table(swept)}")
     if args.losses or other:
         found = likelihoods(model, processor, dataset, annotations, batch_size=args.batch_size)
         losses = summarize(found, annotations)
@@ -182,7 +190,103 @@ def table(metrics: Mapping[str, Any]) -> str:
     if metrics["deduplication"]:
         name, iou = metrics["deduplication"]["method"].upper(), metrics["deduplication"]["iou_threshold"]
         lines.append(f"{metrics['deduplication']['num_removed']} detections were removed by {name} at IoU {iou:g}")
+        if metrics["deduplication"]["num_capped"]:
+            lines.append(f"{metrics['deduplication']['num_capped']} sums of confidences were stopped at 1")
     return "\n".join(lines)
+
+
+def sweep_table(swept: Mapping[str, Any]) -> str:
+    """Return the figures of a sweep as lines of text, in per cent.
+
+    Args:
+        swept (`Mapping`): From `drmm_hf.evaluation.deduplication.sweep`.
+
+    Returns:
+        `str`: A line for the detections as they are, then one for each method and IoU.
+
+    Source: Figure 7; Table 3 are the lines at the best IoU of NMS.
+    """
+    columns = ("AP", "AR100", "ECE", "ECE_0.1", "duplicate_rate")
+    titles = "".join(f"{title:>12}" for title in ("AP", "AR100", "ECE", "ECE_0.1", "duplicates"))
+    lines = [f"{'':<10}{titles}{'removed':>12}{'capped':>12}"]
+    named = [("none", swept["none"])]
+    for method in ("nms", "wta"):
+        named += [(f"{method.upper()} {entry['iou_threshold']:.2f}", entry) for entry in swept[method]]
+    for name, entry in named:
+        values = "".join(f"{_per_cent(entry[column]):>12}" for column in columns)
+        best = "  *" if name == f"NMS {swept['best_iou_threshold']:.2f}" else ""
+        lines.append(f"{name:<10}{values}{entry['num_removed']:>12}{entry['num_capped']:>12}{best}")
+    lines += [
+        "",
+        "duplicates: of the predictions scoring above 0.1, those whose object a more confident one took; capped: sums "
+        "of confidences stopped at 1; *: NMS is best",
+    ]
+    return "\n".join(lines)
+
+
+def measure_duplicates(
+    dataset: datasets.Dataset | None, annotations: Mapping[str, Any], output: Path, top_k: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Sweep over NMS and winner-take-all, and draw what they change.
+
+    Args:
+        dataset (`datasets.Dataset`, *optional*): The evaluated pictures. None: draw none.
+        annotations (`Mapping`): Their COCO annotations.
+        output (`Path`): Folder that holds `detections.json`; `duplicates.json` and the figures go there too.
+        top_k (`int`): Number of predictions a picture.
+
+    Returns:
+        `tuple[dict, list[str]]`: What `drmm_hf.evaluation.deduplication.sweep` returns, and the names of the files.
+    """
+    from transformers.utils import is_matplotlib_available
+
+    from ..data.labels import LabelMap
+    from ..evaluation.calibration import CalibrationResult
+    from ..evaluation.deduplication import deduplicate, sweep
+    from ..evaluation.detections import Detections
+    from ..visualization.plots import confidence_boxes, deduplication_curves, reliability_diagrams
+
+    label_map = LabelMap.from_categories(annotations["categories"])
+    image_ids = [record["id"] for record in annotations["images"]]
+    detections = Detections.load(output / "detections.json", label_map, image_ids)
+    swept = sweep(detections, annotations, top_k=top_k)
+    (output / "duplicates.json").write_text(json.dumps(swept, indent=2, allow_nan=False) + "\n")
+    names = ["duplicates.json"]
+    if not is_matplotlib_available():
+        return swept, names
+
+    deduplication_curves(swept, output / "duplicates.png")
+    best = swept["best_iou_threshold"]
+    entries = {"as predicted": swept["none"]}
+    for method in ("nms", "wta"):
+        entry = next(entry for entry in swept[method] if entry["iou_threshold"] == best)
+        entries[f"{method.upper()} at IoU {best:g}"] = entry
+    results = {name: CalibrationResult.from_dict(entry["reliability"]) for name, entry in entries.items()}
+    notes = [f"AP {_per_cent(entry['AP'])} %" for entry in entries.values()]
+    reliability_diagrams(results, output / "duplicates_reliability.png", notes=notes)
+    names += ["duplicates.png", "duplicates_reliability.png"]
+    if dataset is not None:
+        found = [detections, *(deduplicate(detections, method, best)[0] for method in ("nms", "wta"))]
+        confident = [{one: int((part[one]["scores"] > 0.1).sum()) for one in image_ids} for part in found]
+        most = max(image_ids, key=lambda one: confident[0][one] - confident[1][one])
+        image = _picture(dataset, most)
+        panels = [
+            (f"{name}, {counts[most]} boxes above 0.1", image, part[most]["boxes"], part[most]["scores"])
+            for name, part, counts in zip(entries, found, confident, strict=True)
+        ]
+        confidence_boxes(panels, output / "duplicates_boxes.png")
+        names.append("duplicates_boxes.png")
+    return swept, names
+
+
+def _picture(dataset: datasets.Dataset, image_id: int) -> Image:
+    """Return one picture of a dataset."""
+    import datasets
+
+    from ..data.loading import load_image
+
+    row = list(dataset["image_id"]).index(image_id)
+    return load_image(dataset.cast_column("image", datasets.Image(decode=False))[row])
 
 
 def likelihood_table(losses: Mapping[str, Any]) -> str:

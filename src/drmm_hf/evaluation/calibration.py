@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .coco_metrics import coco_evaluation, run_quietly
+from .matches import match
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,7 @@ def match_predictions(
     iou_threshold: float = 0.5,
     top_k: int = 100,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decide for each prediction whether it is correct.
-
-    The `top_k` most confident predictions of a picture, over all its classes, are matched class by class as COCO does:
-    by falling score, each takes the free ground truth of its class with the largest IoU of at least `iou_threshold`.
-    A prediction that takes one is correct; one that finds it taken is a duplicate, hence wrong. A prediction that
-    falls on a crowd region is neither and is left out. Sizes of objects play no part.
+    """Tell which predictions are correct, by `drmm_hf.evaluation.matches.match`.
 
     Args:
         ground_truth (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds.
@@ -73,27 +68,9 @@ def match_predictions(
 
     Source: "accuracy" in Eq. (9); the paper names neither the matching nor the IoU, so COCO's rule stands in.
     """
-    by_score = sorted(detections_coco, key=lambda entry: -entry["score"])
-    taken: dict[Any, int] = {}
-    kept = []
-    for entry in by_score:
-        taken[entry["image_id"]] = taken.get(entry["image_id"], 0) + 1
-        if taken[entry["image_id"]] <= top_k:
-            kept.append(entry)
-
-    evaluation = coco_evaluation(ground_truth, kept)
-    evaluation.params.iouThrs = np.array([iou_threshold])
-    evaluation.params.areaRng = [[0, float("inf")]]
-    evaluation.params.areaRngLbl = ["all"]
-    evaluation.params.maxDets = [top_k]
-    run_quietly(evaluation, "matching predictions")
-    groups = [group for group in evaluation.evalImgs if group is not None]
-    if not groups:
-        return np.zeros(0), np.zeros(0, dtype=bool)
-    scores = np.concatenate([group["dtScores"] for group in groups]).astype(np.float64)
-    matched = np.concatenate([group["dtMatches"][0] for group in groups]) > 0
-    ignored = np.concatenate([group["dtIgnore"][0] for group in groups]).astype(bool)
-    return scores[~ignored], matched[~ignored]
+    matches = match(ground_truth, detections_coco, [iou_threshold], top_k)
+    counted = ~matches.ignored[0]
+    return matches.scores[counted], matches.correct[0][counted]
 
 
 def expected_calibration_error(

@@ -14,7 +14,7 @@ from drmm_hf.data.labels import LabelMap
 
 from .calibration import expected_calibration_error, match_predictions
 from .coco_metrics import coco_metrics, first_few, ground_truth, load_annotations
-from .deduplication import DEDUPLICATION
+from .deduplication import deduplicate
 from .detections import Detections
 from .predict import predict
 
@@ -95,7 +95,8 @@ def measure(
         `dict`: COCO's twelve figures and `AP_per_class` (fractions), `ECE` and `ECE_0.1`, `reliability` (edges,
         confidence, accuracy and count of the bins), and the counts `num_images`, `num_ground_truths`, `num_crowds`,
         `num_detections`, `num_boxes_without_size` and `num_other_labels` (both left out). `deduplication` is None or
-        says what was applied: `method` ("nms" or "wta"), `iou_threshold` and `num_removed`. What is not defined, such
+        says what was applied: `method` ("nms" or "wta"), `iou_threshold`, `num_removed` and `num_capped` (sums of
+        confidences stopped at 1). What is not defined, such
         as `APs` without small objects, is None.
 
     Raises:
@@ -115,9 +116,10 @@ def measure(
     num_other_labels, deduplication = detections.num_boxes - known.num_boxes, None
     for method, iou_threshold in (("nms", nms), ("wta", wta)):
         if iou_threshold is not None:
-            num_before, known = known.num_boxes, DEDUPLICATION[method](known, iou_threshold)
-            deduplication = {"method": method, "iou_threshold": iou_threshold}
-            deduplication["num_removed"] = num_before - known.num_boxes
+            num_before = known.num_boxes
+            known, num_capped = deduplicate(known, method, iou_threshold)
+            counts = {"num_removed": num_before - known.num_boxes, "num_capped": num_capped}
+            deduplication = {"method": method, "iou_threshold": iou_threshold} | counts
     entries = known.to_coco(label_map)
     scores, correct = match_predictions(annotations, entries, top_k=top_k)
     reliability = expected_calibration_error(scores, correct)

@@ -1,8 +1,9 @@
-"""Diagrams: reliability of confidences and the course of a training."""
+"""Diagrams: reliability of confidences, duplicates, and the course of a training."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
-_INK, _PALE, _BLUE, _RED = "#2b2f36", "#d9dde3", "#3878c7", "#e0533d"
+_INK, _PALE, _BLUE, _RED, _ORANGE = "#2b2f36", "#d9dde3", "#3878c7", "#e0533d", "#f0962e"
 
 
 def reliability_diagram(result: Any, path: str | Path, title: str = "Reliability") -> Path:
@@ -32,44 +34,113 @@ def reliability_diagram(result: Any, path: str | Path, title: str = "Reliability
 
     Source: Fig. 8.
     """
-    figure = _figure(5.4, 6.4)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    edges = np.asarray(result.bin_edges, dtype=float)
-    count = np.asarray(result.bin_count)
-    filled = count > 0
-    centres, width = (edges[:-1] + edges[1:])[filled] / 2, np.diff(edges)[filled] * 0.92
-    accuracy = np.asarray(result.bin_accuracy, dtype=float)[filled]
-    confidence = np.asarray(result.bin_confidence, dtype=float)[filled]
+    return reliability_diagrams({title: result}, path)
 
-    upper.plot([0, 1], [0, 1], linestyle=(0, (4, 3)), color=_INK, linewidth=1, label="perfect", zorder=3)
-    upper.bar(centres, accuracy, width, color=_BLUE, label="accuracy")
-    upper.bar(
-        centres,
-        confidence - accuracy,
-        width,
-        bottom=accuracy,
-        facecolor=(*_rgb(_RED), 0.18),
-        edgecolor=_RED,
-        hatch="////",
-        linewidth=1,
-        label="gap to confidence",
-    )
-    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy at IoU 0.5", aspect="auto")
-    upper.set_title(title, loc="left", fontweight="bold", color=_INK)
-    ece = "no predictions" if np.isnan(result.ece) else f"ECE {result.ece * 100:.2f} %"
-    upper.set_title(ece, loc="right", color=_INK)
-    upper.legend(loc="upper left", frameon=False)
 
-    lower.bar(centres, count[filled], width, color="#8a94a3")
-    lower.set_yscale("log")
-    lower.minorticks_off()
-    highest = max(int(count.max(initial=1)), 1)
-    lower.set(ylim=(0.5, highest * 9), xlabel="confidence", ylabel="predictions")
-    lower.set_xticks(edges[:: max(1, (len(edges) - 1) // 10)])
-    for centre, number in zip(centres, count[filled], strict=True):
-        lower.text(centre, number * 1.25, _short(int(number)), ha="center", va="bottom", fontsize=7.5, color=_INK)
-    for axes in (upper, lower):
+def reliability_diagrams(
+    results: Mapping[str, Any], path: str | Path, xlabels: Sequence[str] | None = None, notes: Sequence[str] = ()
+) -> Path:
+    """Draw several `reliability_diagram`s side by side, on the same axes.
+
+    Args:
+        results (`Mapping[str, CalibrationResult]`): By the line above each diagram.
+        path (`str` or `Path`): Picture to write; its folder is made.
+        xlabels (`Sequence[str]`, *optional*): What is below each diagram; "confidence" by default.
+        notes (`Sequence[str]`): What to say beside the calibration error of each, such as its AP.
+
+    Returns:
+        `Path`: The picture.
+
+    Source: Fig. 8 and 9.
+    """
+    figure = _figure(5.4 if len(results) == 1 else 1.2 + 3.6 * len(results), 6.4 if len(results) == 1 else 5.4)
+    axes = figure.subplots(2, len(results), sharex=True, sharey="row", height_ratios=[3, 1], squeeze=False)
+    highest = max((int(np.max(result.bin_count, initial=1)) for result in results.values()), default=1)
+    for column, (title, result) in enumerate(results.items()):
+        upper, lower = axes[:, column]
+        _reliability(upper, result, legend=column == 0)
+        _bin_counts(lower, result, highest)
+        upper.set_title(title, loc="left", fontweight="bold", color=_INK)
+        ece = "no predictions" if np.isnan(result.ece) else f"ECE {result.ece * 100:.2f} %"
+        if len(results) == 1:
+            upper.set_title(ece, loc="right", color=_INK)
+        else:
+            said = "\n".join([ece, *notes[column : column + 1]])
+            white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "boxstyle": "round,pad=0.35"}
+            place = {"ha": "right", "va": "bottom", "transform": upper.transAxes}
+            upper.text(0.96, 0.04, said, color=_INK, fontsize=9.5, bbox=white, **place)
+        lower.set_xlabel(xlabels[column] if xlabels else "confidence")
+        if column == 0:
+            upper.set_ylabel("accuracy at IoU 0.5")
+            lower.set_ylabel("predictions")
+        for one in (upper, lower):
+            _plain(one)
+    return _save(figure, path)
+
+
+def deduplication_curves(swept: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw AP, calibration error and duplicates against the IoU of NMS and of winner-take-all.
+
+    Args:
+        swept (`Mapping`): From `drmm_hf.evaluation.deduplication.sweep`.
+        path (`str` or `Path`): Picture to write; its folder is made.
+
+    Returns:
+        `Path`: The picture.
+
+    Source: Fig. 7, with the calibration error of Fig. 8.
+    """
+    figure = _figure(11, 3.9)
+    panels = (("AP", "AP"), ("ECE_0.1", "ECE of scores above 0.1"), ("duplicate_rate", "duplicates above 0.1"))
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        alone = swept["none"][key]
+        if alone is not None:
+            axes.axhline(100 * alone, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="as predicted")
+        for method, name, colour, marker in (("nms", "NMS", _BLUE, "o"), ("wta", "WTA", _RED, "s")):
+            points = [(entry["iou_threshold"], entry[key]) for entry in swept[method] if entry[key] is not None]
+            if points:
+                thresholds, values = np.array(points).T
+                axes.plot(thresholds, 100 * values, color=colour, marker=marker, markersize=5, label=name)
+        axes.set_xlabel("IoU threshold (1: none removed)")
+        axes.set_title(f"{title} (%)", loc="left", fontweight="bold", color=_INK)
         _plain(axes)
+    figure.axes[0].legend(frameon=False)
+    return _save(figure, path)
+
+
+def confidence_boxes(panels: Sequence[tuple[str, Image, np.ndarray, np.ndarray]], path: str | Path) -> Path:
+    """Draw boxes in two colours, those of middling and those of high confidence, panel beside panel.
+
+    Args:
+        panels (`Sequence[tuple]`): Line above the panel, picture, boxes `(n, 4)` xyxy in its pixels, scores `(n,)`.
+        path (`str` or `Path`): Picture to write; its folder is made.
+
+    Returns:
+        `Path`: The picture.
+
+    Source: Fig. 6 and 15, which have red for 0.1 to 0.5 and green for 0.5 to 1; here those are dashed orange and blue.
+    """
+    from matplotlib.patches import Rectangle
+
+    width, height = panels[0][1].size
+    styles = {
+        "0.1 to 0.5": {"edgecolor": _ORANGE, "linestyle": (0, (4, 2))},
+        "0.5 to 1": {"edgecolor": _BLUE},
+    }
+    figure = _figure(4.4 * len(panels), 4.4 * height / width + 0.6)
+    for axes, (title, image, boxes, scores) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        axes.imshow(image)
+        axes.set_axis_off()
+        axes.set_title(title, loc="left", fontsize=10, color=_INK)
+        for box, score in zip(boxes, scores, strict=True):
+            if score > 0.1:
+                style = styles["0.5 to 1" if score > 0.5 else "0.1 to 0.5"]
+                axes.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, linewidth=1.6, **style))
+    samples = [Rectangle((0, 0), 1, 1, fill=False, linewidth=1.6, **style) for style in styles.values()]
+    names = [f"confidence {name}" for name in styles]
+    figure.legend(samples, names, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     return _save(figure, path)
 
 
@@ -119,6 +190,48 @@ def training_curves(log: str | Path, path: str | Path, title: str = "Training") 
     for one in axes:
         _plain(one)
     return _save(figure, path)
+
+
+def _reliability(axes: Axes, result: Any, legend: bool) -> None:
+    """Draw the accuracy of every bin and its gap to the confidence."""
+    edges = np.asarray(result.bin_edges, dtype=float)
+    filled = np.asarray(result.bin_count) > 0
+    centres, width = (edges[:-1] + edges[1:])[filled] / 2, np.diff(edges)[filled] * 0.92
+    accuracy = np.asarray(result.bin_accuracy, dtype=float)[filled]
+    confidence = np.asarray(result.bin_confidence, dtype=float)[filled]
+    axes.plot([0, 1], [0, 1], linestyle=(0, (4, 3)), color=_INK, linewidth=1, label="perfect", zorder=3)
+    axes.bar(centres, accuracy, width, color=_BLUE, label="accuracy")
+    axes.bar(
+        centres,
+        confidence - accuracy,
+        width,
+        bottom=accuracy,
+        facecolor=(*_rgb(_RED), 0.18),
+        edgecolor=_RED,
+        hatch="////",
+        linewidth=1,
+        label="gap to confidence",
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    if legend:
+        axes.legend(loc="upper left", frameon=False)
+
+
+def _bin_counts(axes: Axes, result: Any, highest: int) -> None:
+    """Draw the number of predictions of every bin, with `highest` the largest of all panels."""
+    edges = np.asarray(result.bin_edges, dtype=float)
+    count = np.asarray(result.bin_count)
+    filled = count > 0
+    centres, width = (edges[:-1] + edges[1:])[filled] / 2, np.diff(edges)[filled] * 0.92
+    axes.bar(centres, count[filled], width, color="#8a94a3")
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.set_ylim(0.5, max(highest, 1) * 9)
+    axes.set_xticks(np.linspace(0, 1, 11) if len(edges) < 30 else np.linspace(0, 1, 6))
+    axes.set_xticklabels([f"{tick:g}" for tick in np.round(axes.get_xticks(), 2)])
+    if len(edges) < 30:
+        for centre, number in zip(centres, count[filled], strict=True):
+            axes.text(centre, number * 1.25, _short(int(number)), ha="center", va="bottom", fontsize=7.5, color=_INK)
 
 
 def _curve(axes: Axes, records: list[dict[str, Any]], key: str, transform: Any, shade: Any, label: str = "") -> None:
