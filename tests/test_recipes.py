@@ -14,7 +14,7 @@ import torch
 
 from conftest import STAGES
 from drmm_hf import DrmmConfig, DrmmForObjectDetection
-from drmm_hf.commands.train import add_arguments, parse_fields
+from drmm_hf.commands.train import add_arguments, parse_fields, read_rest
 from drmm_hf.training.arguments import DataArguments, TrainingArguments, load_recipe
 from drmm_hf.training.optimizer import schedule_factor
 
@@ -98,8 +98,9 @@ def read_command(words):
     """Read what stands after `drmm train`: the recipe with all overrides, and the options that have names."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args, fields = parser.parse_known_args(words)
-    return load_recipe(ROOT / args.recipe, parse_fields(fields)), args
+    args, rest = parser.parse_known_args(words)
+    args.recipe, fields = read_rest(rest)
+    return load_recipe(ROOT / args.recipe, fields), args
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -114,3 +114,17 @@ def test_a_split_without_pictures_is_named(shapes, tmp_path, capsys, split):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"images": [], "annotations": []}))
     assert main(["train", TINY, "--data", shapes, "--output", str(tmp_path / "run"), "--max-minutes", "1"]) == 2
     assert f"split '{split}' of {shapes} has no pictures" in capsys.readouterr().err
+
+
+def test_without_a_recipe_one_is_chosen_and_kept(shapes, tmp_path, capsys):
+    sizes = "--shortest-edge 64 --longest-edge 96 --short-edges [64] --crop-short-edges [64] --crop-sizes [48,64]"
+    command = f"train --data {shapes} --output {tmp_path / 'run'} --backbone-weights none --batch-size 2 {sizes}"
+    command += " --trackers [] --num-workers 0 --resume --max-steps"
+    assert main([*command.split(), "1"]) == 0
+    said = capsys.readouterr().out
+    assert "no recipe is given; chosen from the data" in said and "num_queries: 100" in said
+    assert "best checkpoint (step 1) on the validation split:" in said
+    assert main([*command.split(), "2"]) == 0
+    assert f"going on with {tmp_path / 'run' / 'recipe.yaml'}" in capsys.readouterr().out
+    assert main(["train", "--max-steps", "1"]) == 2
+    assert "recipe is missing" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_what_is_chosen_is_said_and_what_is_given_wins(shapes):
     recipe, notes = choose_recipe(str(shapes), {"backbone-weights": "none", "num_queries": "500", "max-steps": "3"})
     assert "12 training pictures, 64 x 64" in notes[0]
     assert recipe.model["decoder_type"] == "adamixer"
-    assert (recipe.training.backbone_weights, recipe.training.epochs, recipe.training.max_steps) == (None, None, 3)
+    assert (recipe.training.backbone_weights, recipe.training.epochs, recipe.training.max_steps) == ("none", None, 3)
     recipe, notes = choose_recipe(str(shapes), {})
     assert recipe.training.backbone_weights == "timm/tf_efficientnet_lite0.in1k"
     assert any("from the Hub" in note for note in notes)

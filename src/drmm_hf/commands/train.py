@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
-    rest = list(args.fields)
-    recipe_file = rest.pop(0) if rest and not rest[0].startswith("--") else None
-    overrides = parse_fields(rest)
+    recipe_file, overrides = read_rest(args.fields)
     named = {"source": args.data, "output_dir": args.output, "backbone_weights": args.backbone_weights}
     overrides |= {name: value for name, value in named.items() if value is not None}
     if args.resume:
@@ -89,6 +87,19 @@ def _chosen_recipe(overrides: dict[str, Any]) -> Recipe:
     recipe, notes = choose_recipe(overrides["source"], overrides)
     print(notes[0], *(f"  {note}" for note in notes[1:]), sep="\n")
     return recipe
+
+
+def read_rest(arguments: list[str]) -> tuple[str | None, dict[str, str]]:
+    """Tell the recipe from the fields.
+
+    Args:
+        arguments (`list[str]`): What the parser did not know.
+
+    Returns:
+        `tuple`: The recipe if the first of them is one, and the fields as in `parse_fields`.
+    """
+    has_recipe = bool(arguments) and not arguments[0].startswith("--")
+    return arguments[0] if has_recipe else None, parse_fields(arguments[has_recipe:])
 
 
 def parse_fields(arguments: list[str]) -> dict[str, str]:

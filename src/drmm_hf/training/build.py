@@ -135,7 +135,7 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
             missing = sorted(loaded["missing_keys"])
             print(f"starts afresh: {len(missing)} tensors that {training.init_from} does not have, as {missing[0]}")
         processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size)
-    if training.backbone_weights is not None:
+    if training.backbone_weights not in (None, "none"):
         from ..conversion.backbone_weights import load_backbone_weights
 
         print(load_backbone_weights(model, training.backbone_weights, processor))

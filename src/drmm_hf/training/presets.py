@@ -52,12 +52,10 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         sections["model"]["proposal_grid"] = GRIDS.get(overrides["num_queries"])
     if "init_from" in overrides:
         sections["model"] = {}
+        sections["training"].pop("backbone_weights")
         notes.append("architecture: that of init_from")
     elif "backbone_weights" not in overrides:
         notes.append(f"backbone_weights: {sections['training']['backbone_weights']}, from the Hub")
-    if "init_from" in overrides or overrides.get("backbone_weights", "") in (None, "none"):
-        sections["training"].pop("backbone_weights")
-        overrides = {name: value for name, value in overrides.items() if name != "backbone_weights"}
     if any(name in overrides for name in ("max_steps", "max_minutes")):
         sections["training"].pop("epochs")
     return make_recipe(sections, overrides), notes
