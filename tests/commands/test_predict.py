@@ -124,3 +124,9 @@ def test_a_mistyped_folder_of_a_model_fails_without_the_hub(coco_folder, tmp_pat
     assert main(["predict", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"drmm predict: model {name!r} does not exist, ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("threshold", ["50", "-1", "nan"])
+def test_a_threshold_is_a_score(coco_folder, capsys, threshold):
+    assert main(["predict", "model", str(coco_folder / "val" / "0.png"), f"--threshold={threshold}"]) == 2
+    assert "threshold is" in capsys.readouterr().err

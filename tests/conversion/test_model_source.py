@@ -13,6 +13,8 @@ from drmm_hf.conversion.model_source import find_source
 def here(tmp_path, monkeypatch):
     """Work beside `runs/best/` and `weights.pth`, at home."""
     (tmp_path / "runs" / "best").mkdir(parents=True)
+    for folder in ("runs", "runs/best"):
+        (tmp_path / folder / "config.json").write_text("{}")
     (tmp_path / "weights.pth").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -55,6 +57,15 @@ def test_paths_that_do_not_exist_fail_at_once_and_say_why(name, reason):
         find_source(name, "init_from")
     assert str(error.value).startswith(f"init_from {name!r} does not exist, ")
     assert reason in str(error.value)
+
+
+def test_the_folder_of_a_run_is_no_model_but_holds_some(tmp_path):
+    (tmp_path / "runs" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="model 'runs' holds no config.json, .*; is it 'runs/best'\\?$"):
+        find_source("runs")
+    (tmp_path / "runs" / "best" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="model 'runs' holds no config.json, as a folder of a model does.$"):
+        find_source("runs")
 
 
 def test_a_file_is_no_model():

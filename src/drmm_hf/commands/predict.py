@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..conversion.model_source import find_source
 
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"threshold is {args.threshold}; scores lie in [0, 1].")
     name = find_source(args.model)
     paths = find_pictures(args.images)
 

@@ -14,9 +14,9 @@ _FILE_SUFFIX = re.compile(r"\.(safetensors|pth?|bin|ckpt|pkl|onnx|json|ya?ml|zip
 def find_source(source: str | Path, argument: str = "model") -> str:
     """Return the folder that a name means, or the name itself where only the Hub can know it.
 
-    A folder that exists is meant, whatever its name. Of other names, `name` and `owner/name` are ids on the Hub; a
-    path is what the Hub allows as no id ("./mine", "~/mine", "runs/mine/best", "/runs"), what ends like a file, and
-    what starts with a folder that exists ("runs/mine" beside "runs").
+    A folder that exists is meant, whatever its name; it must hold a model. Of other names, `name` and `owner/name` are
+    ids on the Hub; a path is what the Hub allows as no id ("./mine", "~/mine", "runs/mine/best", "/runs"), what ends
+    like a file, and what starts with a folder that exists ("runs/mine" beside "runs").
 
     Args:
         source (`str` or `Path`): folder, or id on the Hub. "~" is the home folder.
@@ -26,12 +26,16 @@ def find_source(source: str | Path, argument: str = "model") -> str:
         `str`: an existing folder, or `source`.
 
     Raises:
-        FileNotFoundError: if it is a path and does not exist.
+        FileNotFoundError: if it is a path and does not exist, or a folder without `config.json`.
         NotADirectoryError: if it is a file.
     """
     source = str(source)
     path = Path(os.path.expanduser(source))  # Path's own expanduser fails where there is no such home
     if source and path.is_dir():
+        if not (path / "config.json").is_file():
+            inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
+            hint = f"; is it {' or '.join(map(repr, inside[:3]))}?" if inside else "."
+            raise FileNotFoundError(f"{argument} {source!r} holds no config.json, as a folder of a model does{hint}")
         return str(path)
     if path.is_file():
         raise NotADirectoryError(f"{argument} {source!r} is a file; give the folder that holds the model.")
