@@ -55,7 +55,8 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         sections["training"].pop("backbone_weights")
         notes.append("architecture: that of init_from")
     elif "backbone_weights" not in overrides:
-        notes.append(f"backbone_weights: {sections['training']['backbone_weights']}, from the Hub")
+        weights = sections["training"]["backbone_weights"]
+        notes.append(f"backbone_weights: {weights} from the Hub; a file will do, or none for random weights")
     if any(name in overrides for name in ("max_steps", "max_minutes")):
         sections["training"].pop("epochs")
     return make_recipe(sections, overrides), notes
