@@ -74,6 +74,11 @@ class TestSelection:
         assert [mixture.boxes.shape for mixture in mixtures] == [(2, count, 4) for count in counts]
         assert last.shape == (2, counts[-1], 16)
 
+    def test_the_ratio_may_be_set_on_a_model_that_is_there(self):
+        config, decoder = build()
+        config.top_k_ratio = 0.6
+        assert [mixture.boxes.shape[1] for mixture in decoder(*inputs())[1]] == [7, 4, 2]
+
     def test_keeps_the_highest_objectness_in_order_and_the_mixing_of_before(self):
         _, everything = build()
         _, decoder = build(top_k_ratio=0.6)

@@ -38,7 +38,8 @@ class DrmmDecoder(nn.Module):
     """Refine boxes and features over `num_stages` stages.
 
     Args:
-        config (`DrmmConfig`): reads `num_stages`, `queries_per_stage`.
+        config (`DrmmConfig`): reads `num_stages`, and at each call `queries_per_stage`, so that `top_k_ratio` may be
+            set on a loaded model's config.
 
     Source: Figure 3; the selection after each stage is Appendix C.2.
     """
@@ -46,7 +47,7 @@ class DrmmDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(DrmmDecoderLayer(config) for _ in range(config.num_stages))
-        self.queries_per_stage = config.queries_per_stage
+        self.config = config
 
     def forward(
         self, maps: list[Tensor], boxes: Tensor, features: Tensor
@@ -63,7 +64,7 @@ class DrmmDecoder(nn.Module):
             not; the initial boxes learn through the first stage's predictions.
         """
         stages = []
-        for layer, num_kept in zip(self.layers, self.queries_per_stage, strict=True):
+        for layer, num_kept in zip(self.layers, self.config.queries_per_stage, strict=True):
             features, predictions = layer(features, maps, boxes)
             if num_kept < predictions.boxes.shape[1]:
                 kept = torch.topk(predictions.objectness_logits, num_kept, dim=-1).indices
