@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from drmm_hf.data.canonical import FEATURES, categories
+from drmm_hf.data.canonical import FEATURES, categories, left_out
 from drmm_hf.data.coco import load_detection_dataset
 from drmm_hf.data.hub_datasets import prove_box_format
 
@@ -49,7 +49,7 @@ def hub_like(tmp_path, layout="dict", category="category", kind="ClassLabel", bo
         features |= {"width": Value("int32"), "height": Value("int32")}
         data |= {"width": [SIZE[0]] * 3, "height": [SIZE[1]] * 3}
     dataset = Dataset.from_dict(data, features=Features(features))
-    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data").mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     return tmp_path
 
@@ -250,3 +250,146 @@ def test_sizes_of_datasets_sources_are_those_displayed(tmp_path, load):
     dataset = load(splits, "train", bbox_format="xywh")
     assert (dataset[0]["width"], dataset[0]["height"]) == SIZE[::-1] == dataset[0]["image"].size
     assert dataset[0]["file_name"] == "turned.jpg"
+
+
+# Bad data ------------------------------------------------------------------------------------------------------------
+
+
+FIELDS = {"bbox": List(Value("float64")), "category": Value("int64")}
+OBJECT = {"bbox": [1.0, 2.0, 3.0, 4.0], "category": 1}
+
+
+def test_bad_rows_are_left_out_with_their_pictures(load):
+    """Rows and pictures stay together, though some of either are gone."""
+    pictures = [Image.new("RGB", SIZE, (row, 0, 0)) for row in range(5)]
+    data = {
+        "image": [pictures[0], None, pictures[2], {"bytes": b"no picture", "path": None}, pictures[4]],
+        "image_id": [10, 11, 12, 13, 14],
+        "objects": [
+            [OBJECT],
+            [OBJECT],
+            [OBJECT | {"bbox": [1.0, 2.0, 3.0]}, OBJECT | {"category": 3}, OBJECT],
+            [OBJECT],
+            [OBJECT | {"bbox": [1.0, 2.0, 0.0, 4.0]}],
+        ],
+    }
+    features = Features({"image": datasets.Image(), "image_id": Value("int64"), "objects": List(FIELDS)})
+    splits = {"train": Dataset.from_dict(data, features=features)}
+    options = {"bbox_format": "xywh", "categories": [{"id": 1, "name": "newt"}]}
+    with pytest.raises(ValueError, match="has 5 problems"):
+        load(splits, **options)
+    dataset = load(splits, **options, invalid="skip")
+    assert dataset["image_id"][:] == [10, 12, 14]
+    assert [np.asarray(image)[0, 0, 0] for image in dataset["image"]] == [0, 2, 4]
+    assert [len(row["objects"]) for row in rows_of(dataset)] == [1, 1, 0]
+    assert {kind: entry["count"] for kind, entry in left_out(dataset).items()} == {
+        "missing_picture": 1, "unreadable_picture": 1, "box_not_finite": 1, "unknown_category": 1,
+        "box_without_area": 1,
+    }  # fmt: skip
+
+
+def test_pictures_of_a_table_are_not_copied(tmp_path):
+    """The column of pictures is that which `datasets` maps from its cache."""
+    from datasets.table import MemoryMappedTable
+
+    dataset = load_detection_dataset(hub_like(tmp_path), "train")
+    mapped = [block for row in dataset.data.blocks for block in row if isinstance(block, MemoryMappedTable)]
+    assert [block.column_names for block in mapped] == [["image"]]
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+def plain(rows):
+    """Rows with their pictures as numbers."""
+    return [{**row, "image": np.asarray(row["image"]).tolist()} for row in rows]
+
+
+def sharded(tmp_path, **extra):
+    """Write nine rows as three parquet files; returns the folder."""
+    source = Dataset.from_parquet(str(hub_like(tmp_path, **extra) / "data" / "*.parquet"), cache_dir=str(tmp_path))
+    (tmp_path / "data" / "train-00000-of-00001.parquet").unlink()
+    for shard in range(3):
+        part = source.map(lambda row, i, shard=shard: {"image_id": 10 * shard + i}, with_indices=True)
+        part.to_parquet(tmp_path / "data" / f"train-0000{shard}-of-00003.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("box_format", ["xyxy", None])
+def test_a_stream_holds_what_the_dataset_holds(tmp_path, box_format):
+    folder = sharded(tmp_path, box_format="xyxy", iscrowd=True)
+    dataset = load_detection_dataset(folder, "train", bbox_format=box_format)
+    stream = load_detection_dataset(folder, "train", bbox_format=box_format, streaming=True)
+    assert isinstance(stream, datasets.IterableDataset)
+    assert stream.features == FEATURES and categories(stream) == categories(dataset)
+    assert categories(stream.shuffle(seed=0, buffer_size=2)) == categories(dataset)
+    streamed, loaded = plain(stream), plain(dataset)
+    for rows in (streamed, loaded):
+        for row in rows:  # names and ids that the source lacks are of each reader's own making
+            del row["file_name"]
+            for item in row["objects"]:
+                del item["id"]
+    assert streamed == loaded and len(streamed) == 9
+    undecoded = stream.cast_column("image", datasets.Image(decode=False))  # as training wants them
+    assert all(row["image"]["bytes"].startswith(b"\x89PNG") for row in undecoded)
+    ids = [item["id"] for row in stream for item in row["objects"]]
+    assert len(set(ids)) == len(ids) == 12
+
+
+@pytest.mark.parametrize("source", ["parquet", "coco"])
+@pytest.mark.parametrize("invalid", ["error", "skip"])
+def test_a_stopped_stream_resumes_at_the_same_row(tmp_path, source, invalid, coco_folder):
+    def stream():
+        if source == "coco":
+            return load_detection_dataset(coco_folder[0], "val", streaming=True, invalid=invalid)
+        return load_detection_dataset(folder, "train", bbox_format="xywh", streaming=True, invalid=invalid)
+
+    folder = sharded(tmp_path / "hub", iscrowd=True) if source == "parquet" else None
+    whole = plain(stream())
+    for stop in range(1, len(whole)):
+        stopped = stream()
+        rows = iter(stopped)
+        before = plain(next(rows) for _ in range(stop))
+        state = json.loads(json.dumps(stopped.state_dict()))  # as a checkpoint keeps it
+        resumed = stream()
+        resumed.load_state_dict(state)
+        assert before + plain(resumed) == whole
+
+
+def test_workers_share_the_shards_of_a_stream(tmp_path):
+    from torch.utils.data import DataLoader
+
+    folder = sharded(tmp_path)
+    stream = load_detection_dataset(folder, "train", bbox_format="xywh", streaming=True)
+    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(row["image_id"] for row in loader) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+
+
+def test_bad_rows_of_a_stream(tmp_path, caplog):
+    folder = hub_like(tmp_path)
+    path = folder / "data" / "train-00000-of-00001.parquet"
+    rows = list(Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "a")))
+    rows[1]["objects"] = {"bbox": [[1.0, 2.0, 0.0, 4.0]], "category": [0], "area": [0.0]}
+    rows[2]["width"] = 0
+    features = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "b")).features
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    options = {"bbox_format": "xywh", "streaming": True}
+    stream = iter(load_detection_dataset(folder, "train", **options))
+    assert next(stream)["image_id"] == 100
+    with pytest.raises(ValueError, match=r"picture 50 has 1 problems.*\n.*1 boxes without area"):
+        next(stream)
+    with caplog.at_level(logging.WARNING, logger="drmm_hf"):
+        kept = list(load_detection_dataset(folder, "train", **options, invalid="skip"))
+    assert [(row["image_id"], len(row["objects"])) for row in kept] == [(100, 2), (50, 0)]
+    assert "picture 75: left out for 1 problems" in caplog.text and "width is 0" in caplog.text
+
+
+def test_what_a_stream_must_be_told(tmp_path):
+    folder = hub_like(tmp_path, kind="string", area=False)
+    with pytest.raises(ValueError, match="a stream is not searched for them: give categories"):
+        load_detection_dataset(folder, "train", streaming=True)
+    records = [{"id": 3, "name": "newt"}, {"id": 5, "name": "crab"}]
+    stream = load_detection_dataset(folder, "train", streaming=True, categories=records, bbox_format="xywh")
+    assert [item["category_id"] for row in stream for item in row["objects"]] == [3, 5, 3, 5]
+    with pytest.raises(ValueError, match=r"split 'test' is not in .*\['train'\]"):
+        load_detection_dataset(folder, "test", streaming=True)

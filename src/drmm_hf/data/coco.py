@@ -125,11 +125,18 @@ def load_detection_dataset(
         FileNotFoundError: If a file is missing.
     """
     check_policy(invalid)
-    options = {"images": images, "annotations": annotations, "categories": categories, "bbox_format": bbox_format}
-    layout, readers = find_splits(source, **options) if annotations is None else _one_file(source, split, options)
-    split = split if annotations is not None else _resolve(split, readers, source)
-    if streaming and layout == "datasets":
+    if annotations is not None:
+        _refuse("COCO", annotations, categories, bbox_format)
+        folders = _image_folders(Path(source), split) if images is None else [Path(images)]
+        readers = {split: partial(_read_coco, Path(annotations), folders)}
+    else:
+        _, readers = _folder_splits(Path(source), images, categories, bbox_format)
+    if readers is None and streaming:
+        split = _resolve(split, datasets.get_dataset_split_names(str(source)), source)
         return hub_stream(str(source), split, categories, bbox_format, invalid)
+    if readers is None:
+        readers = hub_splits(str(source), categories, bbox_format)
+    split = _resolve(split, readers, source)
     dataset = _load(readers[split], f"{source}, split {split}", invalid)
     if not streaming:
         return dataset
@@ -139,8 +146,6 @@ def load_detection_dataset(
 def find_splits(
     source: str | Path,
     *,
-    images: str | Path | None = None,
-    annotations: None = None,
     categories: Iterable[Mapping[str, Any]] | None = None,
     bbox_format: BoxFormat | None = None,
 ) -> tuple[str, dict[str, Reader]]:
@@ -148,32 +153,18 @@ def find_splits(
 
     Args:
         source (`str` or `Path`): As in `load_detection_dataset`.
-        images (`str` or `Path`, *optional*): Image folder, for COCO folders.
-        annotations (None): Not used; a single file has no splits.
         categories (`Iterable[Mapping]`, *optional*): As in `load_detection_dataset`.
         bbox_format (`str`, *optional*): As in `load_detection_dataset`.
 
     Returns:
-        `tuple[str, dict]`: `coco`, `roboflow`, `yolo`, `voc` or `datasets`; and split -> function that reads it,
-        records what is wrong in the `Problems` it is given and leaves it out.
+        `tuple[str, dict]`: `COCO`, `Roboflow`, `YOLO`, `Pascal VOC` or `datasets`; and split -> function that reads
+        it, records what is wrong in the `Problems` it is given and leaves it out.
 
     Raises:
         ValueError: If an argument does not apply to the layout, or the source is not understood.
     """
-    folder = Path(source)
-    layout, readers = "coco", _coco_splits(folder, images)
-    if not readers:
-        layout, readers = "roboflow", _roboflow_splits(folder)
-    if not readers:
-        layout, readers = "yolo", yolo_splits(folder)
-    if not readers:
-        layout, readers = "voc", voc_splits(folder, categories)
-    if images is not None and layout != "coco":
-        raise ValueError(f"images is given, but {folder}/annotations has no COCO file: give annotations as well")
-    if not readers:
-        return "datasets", hub_splits(str(source), categories, bbox_format)
-    _refuse(layout, source, categories if layout != "voc" else None, bbox_format)
-    return layout, readers
+    layout, readers = _folder_splits(Path(source), None, categories, bbox_format)
+    return layout, hub_splits(str(source), categories, bbox_format) if readers is None else readers
 
 
 def coco_paths(
@@ -293,6 +284,25 @@ def _plain(split: str) -> str:
     return names.get(name, name)
 
 
+def _folder_splits(
+    folder: Path, images: str | Path | None, categories: Iterable[Mapping[str, Any]] | None, bbox_format: str | None
+) -> tuple[str, dict[str, Reader] | None]:
+    """Recognise a folder; None stands for the splits where only `datasets` may know it."""
+    layout, readers = "COCO", _coco_splits(folder, images)
+    if images is not None and not readers:
+        raise ValueError(f"images is given, but {folder}/annotations has no COCO file: give annotations as well")
+    if not readers:
+        layout, readers = "Roboflow", _roboflow_splits(folder)
+    if not readers:
+        layout, readers = "YOLO", yolo_splits(folder)
+    if not readers:
+        layout, readers = "Pascal VOC", voc_splits(folder, categories)
+    if not readers:
+        return "datasets", None
+    _refuse(layout, folder, None if layout == "Pascal VOC" else categories, bbox_format)
+    return layout, readers
+
+
 def _refuse(layout: str, source: str | Path, categories: Any, bbox_format: str | None) -> None:
     for argument, value in (("categories", categories), ("bbox_format", bbox_format)):
         if value is not None:
@@ -317,13 +327,6 @@ def _coco_splits(folder: Path, images: str | Path | None) -> dict[str, Reader]:
 def _roboflow_splits(folder: Path) -> dict[str, Reader]:
     files = sorted(folder.glob("*/_annotations.coco.json"))
     return {path.parent.name: partial(_read_coco, path, [path.parent], placeholder=True) for path in files}
-
-
-def _one_file(source: str | Path, split: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Reader]]:
-    _refuse("COCO", options["annotations"], options["categories"], options["bbox_format"])
-    images = options["images"]
-    folders = _image_folders(Path(source), split) if images is None else [Path(images)]
-    return "coco", {split: partial(_read_coco, Path(options["annotations"]), folders)}
 
 
 def _image_folders(folder: Path, split: str) -> list[Path]:

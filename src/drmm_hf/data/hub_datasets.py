@@ -12,7 +12,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from .canonical import FEATURES, Records, annotation_dataset, check_records, dataset_info, with_pictures
 from .pictures import displayed_size, open_image
@@ -83,15 +83,13 @@ def hub_stream(
             place = f"{where}, row {position}"
             _add_row(images, annotations, record, record["image"], image_id, place, key, id_of, Problems())
         bbox_format = _proven(images, annotations, where)
-    undecoded = Features(FEATURES | {"image": datasets.Image(decode=False)})
     rows = raw.map(
         partial(_stream_row, key=key, categories=records, id_of=id_of, box=bbox_format, where=where, policy=invalid),
-        features=undecoded,
         remove_columns=[name for name in stream.features if name not in FEATURES],
     )
     if invalid == "skip":
         rows = rows.filter(lambda width: width > 0, input_columns="width")
-    rows = rows.cast_column("image", datasets.Image())
+    rows = rows.cast(FEATURES)  # not in map, after which the pictures could not be left undecoded any more
     rows.info.description = dataset_info(records).description
     return rows
 
