@@ -6,8 +6,11 @@ entry a box in each. Pictures are uint8 tensors (3, height, width) before and af
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -51,8 +54,12 @@ def build_augmentation(
     A picture is resized and cropped in proportion to the size of the model input: the paper's figures are for 800
     pixels, and `paper` with `short_edges` around 240 wants `crop_short_edges` and `crop_sizes` of that order too.
 
+    A function of your own takes a picture and a target, as this module describes them, and returns the two. A recipe
+    names it `package.module:function`; the module may lie in the current folder. Its pictures are resized by the
+    processor, unless the function has an attribute `resizes` that is true.
+
     Args:
-        preset (`str` or `Callable`): One of the above, or a function of (picture, target) that returns the two.
+        preset (`str` or `Callable`): One of the above, `package.module:function`, or a function.
         horizontal_flip (`float`): Probability of a left-right flip in the presets with flips.
         vertical_flip (`float`): Probability of an upside-down flip; 0.5 suits pictures without an up, as microscopy.
         short_edges (`Sequence[int]`): Shorter sides to choose from, in pixels, in the presets that resize.
@@ -67,8 +74,16 @@ def build_augmentation(
         so that the processor must not resize them again.
 
     Raises:
-        ValueError: If the preset is unknown or a parameter is out of range.
+        ValueError: If the preset is unknown, its function cannot be found, or a parameter it uses is out of range.
     """
+    if isinstance(preset, str) and ":" in preset:
+        preset = _function(preset)
+    if callable(preset):
+        return Augmentation(preset, resizes=getattr(preset, "resizes", False))
+    if preset not in get_args(Preset):
+        raise ValueError(
+            f"augmentation is {preset!r}, must be one of {list(get_args(Preset))} or a function, module:function"
+        )
     probabilities = {
         "horizontal_flip": horizontal_flip,
         "vertical_flip": vertical_flip,
@@ -77,33 +92,30 @@ def build_augmentation(
     for argument, value in probabilities.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{argument} is {value!r}, must be a probability in [0, 1]")
-    if not short_edges or min(short_edges) < 1 or max(short_edges) > max_long_edge:
+    resizes = preset in ("flip_multiscale", "paper", "small_data")
+    if resizes and not (short_edges and min(short_edges) >= 1 and max(short_edges) <= max_long_edge):
         raise ValueError(
-            f"short_edges is {list(short_edges)}, must hold sizes from 1 to max_long_edge {max_long_edge}"
+            f"short_edges is {list(short_edges)}, must hold sizes from 1 to the longest edge, {max_long_edge}"
         )
-    if not crop_short_edges or min(crop_short_edges) < 1:
+    if preset == "paper" and (not crop_short_edges or min(crop_short_edges) < 1):
         raise ValueError(f"crop_short_edges is {list(crop_short_edges)}, must hold sizes of at least 1")
-    if len(crop_sizes) != 2 or not 1 <= crop_sizes[0] <= crop_sizes[1]:
+    if preset == "paper" and (len(crop_sizes) != 2 or not 1 <= crop_sizes[0] <= crop_sizes[1]):
         raise ValueError(f"crop_sizes is {list(crop_sizes)}, must be a shortest and a longest side, at least 1")
-    if callable(preset):
-        return Augmentation(preset, resizes=False)
-    flips = [v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)]
-    resize = [RandomShortestSize(list(short_edges), max_long_edge)]
-    # Before its crop the public code bounds a picture's longer side at 4200, 7 times 600.
-    enlarge = RandomShortestSize(list(crop_short_edges), 7 * max(crop_short_edges))
-    crop = v2.Compose([enlarge, RandomSizeCrop(*crop_sizes)])
-    colour = [v2.RandomApply([v2.RandomPhotometricDistort()], p=colour_distortion)] if colour_distortion else []
-    distort = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(_MEAN_COLOUR, (1.0, 2.0)), v2.RandomIoUCrop()]
-    steps = {
-        "none": [],
-        "flip": colour + flips,
-        "flip_multiscale": colour + flips + resize,
-        "paper": colour + flips + [v2.RandomApply([crop], p=0.5)] + resize,
-        "small_data": distort + flips + resize,
-    }
-    if preset not in steps:
-        raise ValueError(f"augmentation is {preset!r}, must be one of {list(steps)} or a function")
-    return Augmentation(v2.Compose(steps[preset] or [v2.Identity()]), resizes=bool(steps[preset][-1:] == resize))
+
+    steps: list[Callable[..., Any]] = []
+    if preset == "small_data":
+        steps += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(_MEAN_COLOUR, (1.0, 2.0)), v2.RandomIoUCrop()]
+    elif preset != "none" and colour_distortion:
+        steps += [v2.RandomApply([v2.RandomPhotometricDistort()], p=colour_distortion)]
+    if preset != "none":
+        steps += [v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)]
+    if preset == "paper":
+        # Before its crop the public code bounds a picture's longer side at 4200, 7 times 600.
+        enlarge = RandomShortestSize(list(crop_short_edges), 7 * max(crop_short_edges))
+        steps += [v2.RandomApply([v2.Compose([enlarge, RandomSizeCrop(*crop_sizes)])], p=0.5)]
+    if resizes:
+        steps += [RandomShortestSize(list(short_edges), max_long_edge)]
+    return Augmentation(v2.Compose(steps or [v2.Identity()]), resizes)
 
 
 class Augmentation:
@@ -152,12 +164,14 @@ class Augmentation:
 
 
 class RandomShortestSize(v2.RandomShortestSize):
-    """Resize to a random shorter side, of at least one pixel however long and thin the picture is."""
+    """Resize to a random shorter side, with the rounding of the processor: to the nearest pixel, at least one."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the size: height and width in pixels."""
-        params = super().make_params(flat_inputs)
-        return params | {"size": tuple(max(1, side) for side in params["size"])}
+        canvas = v2.query_size(flat_inputs)
+        shortest = self.min_size[_randint(0, len(self.min_size) - 1)]
+        scale = min(shortest / min(canvas), self.max_size / max(canvas))
+        return {"size": tuple(max(1, int(side * scale + 0.5)) for side in canvas)}
 
 
 class RandomSizeCrop(v2.Transform):
@@ -186,6 +200,22 @@ class RandomSizeCrop(v2.Transform):
 
 def _randint(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """Import the function that a text such as `package.module:function` names."""
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"augmentation is {name!r}, must name a function as package.module:function: {error}"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"augmentation is {name!r}, must name a function, is a {type(function).__name__}")
+    return function
 
 
 def _area(boxes: Tensor) -> Tensor:
