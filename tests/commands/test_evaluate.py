@@ -102,6 +102,39 @@ def test_a_sweep_is_written_drawn_and_printed(coco_folder, tmp_path, capsys):
         assert name in lines[-1] or f"{name}," in lines[-1]
 
 
+def test_reliability_is_reported_and_calibrators_go_to_another_split(model_folder, coco_folder, tmp_path, capsys):
+    """The drmm has an objectness; any detector has a confidence."""
+    found = tmp_path / "found"
+    assert main(["evaluate", str(model_folder), str(coco_folder), "--output", str(found)]) == 0
+    results = json.loads((found / "detections.json").read_text())
+    kinds = ["confidence"] + ["class_probability", "objectness"] * ("objectness" in results[0])
+    results[0] |= {"image_id": 10, "category_id": 3, "bbox": [5.0, 8.0, 30.0, 25.0]}  # one is right
+    (found / "detections.json").write_text(json.dumps(results))
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--detections", str(found / "detections.json")]
+    assert main(["evaluate", str(coco_folder), *options, "--calibration", "--output", str(first)]) == 0
+    report = json.loads((first / "calibration.json").read_text())
+    assert list(report["kinds"]) == kinds and "calibrated" not in report
+    metrics = json.loads((first / "metrics.json").read_text())
+    assert report["kinds"]["confidence"]["ECE"] == metrics["ECE"]
+    assert Image.open(first / "calibration.png").width > 500
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert any(line[:2] == ["confidence", f"{100 * metrics['ECE']:.2f}"] for line in lines)
+
+    other = tmp_path / "other"
+    shutil.copytree(coco_folder, other)
+    path = other / "annotations" / "instances_val.json"
+    path.write_text(path.read_text().replace("0.png", "00.png"))
+    (other / "val" / "0.png").rename(other / "val" / "00.png")
+    options += ["--calibrators", str(first / "calibrators.json")]
+    assert main(["evaluate", str(other), *options, "--output", str(second)]) == 0
+    calibrated = json.loads((second / "calibration.json").read_text())["calibrated"]
+    assert calibrated["isotonic"]["ECE"] == pytest.approx(0, abs=1e-6) and calibrated["none"]["ECE"] == metrics["ECE"]
+    assert Image.open(second / "calibrated.png").width > 1000 and not (second / "calibrators.json").exists()
+    assert main(["evaluate", str(coco_folder), *options, "--output", str(second)]) == 2
+    assert "fitted on these very pictures" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_said_in_words(model_folder, coco_folder, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "nothing"), str(coco_folder)]) == 2
     assert "no detector in a folder or on the Hub" in capsys.readouterr().err

@@ -56,6 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     duplicates.add_argument(
         "--sweep", action="store_true", help="measure NMS and winner-take-all at IoU 0.5 to 1, and draw the figures"
     )
+    reliability = parser.add_mutually_exclusive_group()
+    reliability.add_argument(
+        "--calibration",
+        action="store_true",
+        help="measure reliability in every way, and fit calibrators on this split",
+    )
+    reliability.add_argument(
+        "--calibrators", metavar="FILE", help="test calibrators.json, which --calibration wrote for another split"
+    )
     parser.add_argument(
         "--losses", action="store_true", help="measure the likelihood of the annotations too (D-RMM's mixtures only)"
     )
@@ -118,6 +127,10 @@ def run(args: argparse.Namespace) -> int:
         metrics = evaluate(model, processor, dataset, annotations, args.output, batch_size=args.batch_size, **options)
     written = ["metrics.json", "detections.json", *draw_pictures(dataset, annotations, Path(args.output))]
     print(f"\n{table(metrics)}")
+    if args.calibration or args.calibrators:
+        report, files = measure_calibration(annotations, Path(args.output), args.top_k, args.calibrators)
+        written += files
+        print(f"\n{calibration_table(report)}")
     if args.sweep:
         swept, files = measure_duplicates(dataset, annotations, Path(args.output), args.top_k)
         written += files
@@ -193,6 +206,89 @@ def table(metrics: Mapping[str, Any]) -> str:
         if metrics["deduplication"]["num_capped"]:
             lines.append(f"{metrics['deduplication']['num_capped']} sums of confidences were stopped at 1")
     return "\n".join(lines)
+
+
+def calibration_table(report: Mapping[str, Any]) -> str:
+    """Return the figures of reliability as lines of text, in per cent.
+
+    Args:
+        report (`Mapping`): From `drmm_hf.evaluation.calibration.calibration_report`, with `calibrated` from
+            `drmm_hf.evaluation.recalibration.apply_calibrators` where there are calibrators.
+
+    Returns:
+        `str`: A line a kind of score, an IoU threshold and a calibrator.
+    """
+
+    def interval(values: list[float | None]) -> str:
+        return f"{_per_cent(values[0])} to {_per_cent(values[1])}"
+
+    lines = [f"{'':<18}{'ECE':>8}{'95 %':>16}{'ECE_0.1':>10}{'95 %':>16}{'equal mass':>12}"]
+    for name, kind in report["kinds"].items():
+        lines.append(
+            f"{name.replace('_', ' '):<18}{_per_cent(kind['ECE']):>8}{interval(kind['ECE_interval']):>16}"
+            f"{_per_cent(kind['ECE_0.1']):>10}{interval(kind['ECE_0.1_interval']):>16}"
+            f"{_per_cent(kind['ECE_mass']):>12}"
+        )
+    columns = ("ECE", "ECE_0.1", "ECE_any_class", "ECE_0.1_any_class")
+    lines += ["", f"{'IoU':<18}" + "".join(f"{title:>12}" for title in ("ECE", "ECE_0.1", "any class", "any, 0.1"))]
+    for entry in report["iou_thresholds"]:
+        values = "".join(f"{_per_cent(entry[column]):>12}" for column in columns)
+        lines.append(f"{entry['iou_threshold']:<18.2f}{values}")
+    rest = {f"D-ECE, {name}": value for name, value in report["D-ECE"].items()}
+    rest |= {name: report[name] for name in ("LaECE", "oLRP")}
+    lines += ["", "   ".join(f"{name} {_per_cent(value)}" for name, value in rest.items())]
+    if "calibrated" in report:
+        lines += ["", f"{'calibrated by':<18}{'ECE':>12}{'ECE_0.1':>12}"]
+        for name, entry in report["calibrated"].items():
+            lines.append(f"{name:<18}{_per_cent(entry['ECE']):>12}{_per_cent(entry['ECE_0.1']):>12}")
+    return "\n".join(lines)
+
+
+def measure_calibration(
+    annotations: Mapping[str, Any], output: Path, top_k: int, calibrators: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Measure reliability and draw it; fit calibrators, or test those of another split.
+
+    Args:
+        annotations (`Mapping`): The COCO annotations.
+        output (`Path`): Folder that holds `detections.json`; `calibration.json` and the figures go there too, and
+            `calibrators.json` unless there are some to test.
+        top_k (`int`): Number of predictions a picture.
+        calibrators (`str`, *optional*): File of calibrators to test.
+
+    Returns:
+        `tuple[dict, list[str]]`: The report, and the names of the files.
+    """
+    from transformers.utils import is_matplotlib_available
+
+    from ..evaluation.calibration import CalibrationResult, calibration_report
+    from ..evaluation.recalibration import apply_calibrators, fit_calibrators
+    from ..visualization.plots import reliability_diagrams
+
+    entries = json.loads((output / "detections.json").read_text())
+    report, names = calibration_report(annotations, entries, top_k), ["calibration.json"]
+    if calibrators is None:
+        fitted = fit_calibrators(annotations, entries, top_k)
+        (output / "calibrators.json").write_text(json.dumps(fitted, indent=2, allow_nan=False) + "\n")
+        names.append("calibrators.json")
+    else:
+        fitted = json.loads(Path(calibrators).read_text())
+        report["calibrated"] = apply_calibrators(fitted, annotations, entries, top_k)
+    (output / "calibration.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if is_matplotlib_available():
+        figures = {"calibration.png": [(name.replace("_", " "), kind) for name, kind in report["kinds"].items()]}
+        figures["calibration.png"].sort(key=lambda item: item[0] == "confidence")  # p, o and then p * o
+        if calibrators is not None:
+            figures["calibrated.png"] = [
+                ("as predicted" if name == "none" else name, entry) for name, entry in report["calibrated"].items()
+            ]
+        for name, panels in figures.items():
+            results = {title: CalibrationResult.from_dict(entry["reliability"]) for title, entry in panels}
+            labels = list(results) if name == "calibration.png" else None
+            notes = [f"above 0.1: {_per_cent(entry['ECE_0.1'])} %" for _, entry in panels]
+            reliability_diagrams(results, output / name, labels, notes)
+            names.append(name)
+    return report, names
 
 
 def sweep_table(swept: Mapping[str, Any]) -> str:

@@ -1,0 +1,220 @@
+"""Correct confidences afterwards: temperature and isotonic regression, fitted on one split, tested on another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .calibration import expected_calibration_error, match_predictions
+from .coco_metrics import load_annotations
+
+
+# Scores nearer to 0 or 1 than float32 can tell from them have no finite log-odds.
+_EDGE = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """Map confidences to calibrated ones, never changing their order (isotonic regression makes some equal).
+
+    Attributes:
+        method (`str`): "temperature" or "isotonic".
+        temperature (`float`, *optional*): What log-odds are divided by; above 1 confidences were too extreme.
+        scores (`tuple[float, ...]`): Knots of the isotonic map, rising; between them it is linear, beyond them flat.
+        calibrated (`tuple[float, ...]`): Its values at the knots.
+    """
+
+    method: Literal["temperature", "isotonic"]
+    temperature: float | None = None
+    scores: tuple[float, ...] = ()
+    calibrated: tuple[float, ...] = ()
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Calibrate confidences.
+
+        Args:
+            scores (`np.ndarray` of shape `(n,)`): Confidences in [0, 1].
+
+        Returns:
+            `np.ndarray` of shape `(n,)`: In [0, 1].
+        """
+        if self.method == "isotonic":
+            return np.interp(scores, self.scores, self.calibrated)
+        scaled = _log_odds(scores) / self.temperature
+        return 1 / (1 + np.exp(-scaled))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers for json."""
+        if self.method == "temperature":
+            return {"method": self.method, "temperature": self.temperature}
+        return {"method": self.method, "scores": list(self.scores), "calibrated": list(self.calibrated)}
+
+    @classmethod
+    def from_dict(cls, numbers: Mapping[str, Any]) -> Calibrator:
+        """Read what `to_dict` wrote.
+
+        Args:
+            numbers (`Mapping`): The fields.
+
+        Returns:
+            `Calibrator`: The map.
+
+        Raises:
+            ValueError: If the method is unknown, or a field is missing or not what the method needs.
+        """
+        method = numbers.get("method")
+        if method == "temperature":
+            temperature = numbers.get("temperature")
+            if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+                raise ValueError(f"temperature is {temperature!r}; the rule is a number above 0.")
+            return cls(method, temperature=float(temperature))
+        if method == "isotonic":
+            scores, calibrated = (tuple(numbers.get(name) or ()) for name in ("scores", "calibrated"))
+            rising = all(
+                list(values) == sorted(values) and min(values, default=0) >= 0 for values in (scores, calibrated)
+            )
+            if not scores or len(scores) != len(calibrated) or not rising or max(*scores, *calibrated) > 1:
+                raise ValueError("scores and calibrated of an isotonic map are equally many rising numbers in [0, 1].")
+            return cls(method, scores=scores, calibrated=calibrated)
+        raise ValueError(f"method is {method!r}; the rule is 'temperature' or 'isotonic'.")
+
+
+def fit_temperature(scores: np.ndarray, correct: np.ndarray) -> Calibrator:
+    """Find the temperature under which right and wrong predictions are most likely.
+
+    Args:
+        scores (`np.ndarray` of shape `(n,)`): Confidences in [0, 1].
+        correct (`np.ndarray` of shape `(n,)`): Whether each prediction is correct.
+
+    Returns:
+        `Calibrator`: With a temperature between 1/20 and 20.
+
+    Raises:
+        ValueError: If there is no right or no wrong prediction.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks (2017).
+    """
+    from scipy.optimize import minimize_scalar
+
+    _check(correct)
+    log_odds, sign = _log_odds(scores), np.where(correct, -1.0, 1.0)
+
+    def loss(log_temperature: float) -> float:
+        return float(np.logaddexp(0, sign * log_odds * np.exp(-log_temperature)).mean())
+
+    bound = np.log(20)
+    best = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
+    return Calibrator("temperature", temperature=float(np.exp(best.x)))
+
+
+def fit_isotonic(scores: np.ndarray, correct: np.ndarray) -> Calibrator:
+    """Find the rising map from confidence to accuracy with the least squared error.
+
+    Args:
+        scores (`np.ndarray` of shape `(n,)`): Confidences in [0, 1].
+        correct (`np.ndarray` of shape `(n,)`): Whether each prediction is correct.
+
+    Returns:
+        `Calibrator`: Flat on each block of scores, linear in between.
+
+    Raises:
+        ValueError: If there is no right or no wrong prediction.
+
+    Source: Zadrozny and Elkan, Transforming Classifier Scores into Accurate Probability Estimates (2002).
+    """
+    from scipy.optimize import isotonic_regression
+
+    _check(correct)
+    knots, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    accuracy = np.bincount(place, weights=correct) / count
+    fitted = np.clip(isotonic_regression(accuracy, weights=count).x, 0, 1)
+    # Only the ends of a block say something.
+    ends = np.append(True, np.diff(fitted) > 0) | np.append(np.diff(fitted) > 0, True)
+    return Calibrator("isotonic", scores=tuple(knots[ends].tolist()), calibrated=tuple(fitted[ends].tolist()))
+
+
+CALIBRATORS = {"temperature": fit_temperature, "isotonic": fit_isotonic}
+
+
+def fit_calibrators(
+    annotations: str | Path | Mapping[str, Any], detections_coco: Sequence[Mapping[str, Any]], top_k: int = 100
+) -> dict[str, Any]:
+    """Fit both maps to the predictions on one split.
+
+    Args:
+        annotations (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds.
+        detections_coco (`Sequence[Mapping]`): COCO results without a score threshold.
+        top_k (`int`): Number of predictions a picture.
+
+    Returns:
+        `dict`: Json of each map under its method, and `fitted_on`: `num_images` and a fingerprint of the `pictures`.
+
+    Raises:
+        ValueError: If there is no right or no wrong prediction.
+    """
+    annotations = load_annotations(annotations)
+    scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
+    fitted = {method: fit(scores, correct).to_dict() for method, fit in CALIBRATORS.items()}
+    return fitted | {"fitted_on": {"num_images": len(annotations["images"]), "pictures": _fingerprint(annotations)}}
+
+
+def apply_calibrators(
+    fitted: Mapping[str, Any],
+    annotations: str | Path | Mapping[str, Any],
+    detections_coco: Sequence[Mapping[str, Any]],
+    top_k: int = 100,
+) -> dict[str, dict[str, Any]]:
+    """Measure what maps that were fitted on one split do on another.
+
+    Args:
+        fitted (`Mapping`): From `fit_calibrators`.
+        annotations (`str`, `Path` or `Mapping`): The COCO json file of the other split, or what it holds.
+        detections_coco (`Sequence[Mapping]`): COCO results there.
+        top_k (`int`): Number of predictions a picture.
+
+    Returns:
+        `dict`: `none`, `temperature` and `isotonic`, each with `ECE`, `ECE_0.1` (of calibrated scores above 0.1) and
+        `reliability`.
+
+    Raises:
+        ValueError: If the maps were fitted on the same pictures, or `fitted` is something else.
+    """
+    annotations = load_annotations(annotations)
+    missing = {*CALIBRATORS, "fitted_on"} - set(fitted)
+    if missing:
+        raise ValueError(f"the file of calibrators has no {', '.join(sorted(missing))}; --calibration writes one.")
+    if fitted["fitted_on"]["pictures"] == _fingerprint(annotations):
+        raise ValueError("the calibrators were fitted on these very pictures; the rule is to test on another split.")
+    scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
+    maps = {"none": np.asarray} | {method: Calibrator.from_dict(fitted[method]) for method in CALIBRATORS}
+    tested = {}
+    for method, calibrate in maps.items():
+        reliability = expected_calibration_error(calibrate(scores), correct).to_dict()
+        above = expected_calibration_error(calibrate(scores), correct, min_score=0.1).to_dict()
+        tested[method] = {"ECE": reliability["ece"], "ECE_0.1": above["ece"], "reliability": reliability}
+    return tested
+
+
+def _fingerprint(annotations: Mapping[str, Any]) -> str:
+    """Return a digest of the names of all pictures."""
+    names = sorted(str(record.get("file_name", record["id"])) for record in annotations["images"])
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def _check(correct: np.ndarray) -> None:
+    """Refuse predictions from which nothing can be learnt."""
+    if np.all(correct) or not np.any(correct):
+        raise ValueError(
+            f"{int(np.sum(correct))} of {len(correct)} predictions are correct; the rule is some, not all."
+        )
+
+
+def _log_odds(scores: np.ndarray) -> np.ndarray:
+    """Return log(s / (1 - s)), finite."""
+    scores = np.clip(np.asarray(scores, dtype=np.float64), _EDGE, 1 - _EDGE)
+    return np.log(scores) - np.log1p(-scores)
