@@ -128,3 +128,11 @@ def test_without_a_recipe_one_is_chosen_and_kept(shapes, tmp_path, capsys):
     assert f"going on with {tmp_path / 'run' / 'recipe.yaml'}" in capsys.readouterr().out
     assert main(["train", "--max-steps", "1"]) == 2
     assert "recipe is missing" in capsys.readouterr().err
+
+
+def test_all_fields_are_listed(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--fields"])
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("training.learning_rate: float = 5e-05") for line in lines)

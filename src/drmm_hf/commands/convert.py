@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..conversion.convert import convert_checkpoint
-    from ..training.arguments import _load_yaml
+    from ..training.arguments import parse_value
 
     logging.disable_progress_bar()  # of each weight that is written
-    fields = {name.replace("-", "_"): _load_yaml(value, f"--{name}") for name, value in given.items()}
+    fields = {name.replace("-", "_"): parse_value(name, value) for name, value in given.items()}
     print(convert_checkpoint(args.checkpoint, args.output, args.labels, args.trust_pickle, fields))
     print(f"{args.output} is the model; conversion.json in it accounts for every tensor")
     return 0

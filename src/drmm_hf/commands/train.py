@@ -27,10 +27,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="COCO folder, Hub id or image folder (data.source)")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (training.output_dir)")
     parser.add_argument(
-        "--backbone-weights", metavar="FILE", help="safetensors file or model id of a trained backbone"
+        "--backbone-weights", metavar="FILE", help="safetensors or .pth file, or model id, of a trained backbone"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    parser.add_argument(
+        "--fields",
+        action=_PrintFields,
+        nargs=0,
+        dest="_",
+        default=argparse.SUPPRESS,
+        help="list all fields and leave",
+    )
     parser.set_defaults(fields=[])
+
+
+class _PrintFields(argparse.Action):
+    """Print the fields of a recipe and leave, as `--help` does."""
+
+    def __call__(self, parser, *_):
+        """Print them."""
+        from ..training.fields import recipe_fields
+
+        print(*recipe_fields(), sep="\n")
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:

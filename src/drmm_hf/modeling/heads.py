@@ -44,7 +44,7 @@ class BoxHead(PredictionBranches):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.box_delta = nn.Linear(config.hidden_size, 4)
         self.decoder_type = config.decoder_type
-        self.max_log_size_delta = config.max_log_size_delta
+        self.config = config
 
     def forward(self, features: Tensor, boxes: Tensor) -> BoxPredictions:
         """Predict.
@@ -62,7 +62,7 @@ class BoxHead(PredictionBranches):
             if self.decoder_type == "adamixer":
                 moved = move_xyzr(boxes, delta)
             else:
-                moved = move_cxcywh(boxes, delta, self.max_log_size_delta)
+                moved = move_cxcywh(boxes, delta, self.config.max_log_size_delta)
             return BoxPredictions(moved, linear_in(self.classifier, class_features, boxes.dtype))
 
 
@@ -87,9 +87,7 @@ class MixtureHead(PredictionBranches):
         self.box_delta = nn.Linear(width, 4)
         self.box_scale = nn.Linear(width, 4)
         self.decoder_type = config.decoder_type
-        self.box_delta_unit = config.box_delta_unit
-        self.box_delta_factor = config.box_delta_factor
-        self.box_scale_factor = config.box_scale_factor
+        self.config = config
 
     def forward(self, features: Tensor, boxes: Tensor) -> MixtureParameters:
         """Predict the mixture.
@@ -107,13 +105,13 @@ class MixtureHead(PredictionBranches):
             delta = linear_in(self.box_delta, box_features, boxes.dtype)
             objectness_logits = linear_in(self.objectness, class_features, boxes.dtype).squeeze(-1)
             scales = F.softplus(raw_scale)
-            if self.box_delta_unit == "box":
+            if self.config.box_delta_unit == "box":
                 sides = side_lengths(boxes).detach().abs().clamp(min=1)
-                scales = scales * self.box_scale_factor * sides
+                scales = scales * self.config.box_scale_factor * sides
             if self.decoder_type == "adamixer":
                 locations = move_xyzr(boxes, delta)
-            elif self.box_delta_unit == "box":
-                locations = boxes + delta * self.box_delta_factor * sides
+            elif self.config.box_delta_unit == "box":
+                locations = boxes + delta * self.config.box_delta_factor * sides
             else:
                 locations = boxes + delta
             return MixtureParameters(

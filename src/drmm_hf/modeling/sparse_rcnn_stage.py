@@ -58,8 +58,7 @@ class SparseRcnnStage(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.roi_size = config.roi_size
-        self.roi_sampling_ratio = config.roi_sampling_ratio
-        self.roi_level_base = config.roi_level_base
+        self.config = config
         self.iof_scale = nn.Parameter(torch.empty(config.num_attention_heads)) if config.overlap_attention else None
         self.attention = DrmmSelfAttention(config)
         self.attention_norm = nn.LayerNorm(width)
@@ -82,7 +81,10 @@ class SparseRcnnStage(nn.Module):
             `torch.Tensor` of shape `(B * G, K, hidden_size)`.
         """
         with torch.autocast(boxes.device.type, enabled=False):
-            regions = pool_regions(maps, boxes, STRIDES, self.roi_size, self.roi_sampling_ratio, self.roi_level_base)
+            config = self.config
+            regions = pool_regions(
+                maps, boxes, STRIDES, self.roi_size, config.roi_sampling_ratio, config.roi_level_base
+            )
         bias = overlap_bias(boxes.detach(), self.iof_scale) if self.iof_scale is not None else None
         features = self.attention_norm(features + self.dropout(self.attention(features, bias)[0]))
         features = self.dynamic_norm(features + self.dropout(self.dynamic_conv(features, regions)))

@@ -111,8 +111,8 @@ class TrainingArguments:
     Args:
         output_dir (`str`): Folder of the run: `best/`, `last/`, `recipe.yaml`, `log.jsonl`, `summary.json`.
         init_from (`str`, *optional*): Checkpoint to start from; heads of another number of classes start afresh.
-        backbone_weights (`str`, *optional*): Safetensors file or model id with pretrained backbone weights; `none` if
-            the backbone is to start from random weights.
+        backbone_weights (`str`, *optional*): Safetensors or .pth file, or model id, with pretrained backbone
+            weights; `none` if the backbone is to start from random weights.
         resume (`bool`): Continue from the newest whole checkpoint in `output_dir`.
         seed (`int`): Seed of initialisation, order and augmentation.
         batch_size (`int`): Pictures in one forward pass of one process.

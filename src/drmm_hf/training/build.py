@@ -11,8 +11,10 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
+from ..conversion.model_source import find_source
 from ..data.augmentation import build_augmentation
 from ..data.coco import coco_paths, load_detection_dataset
 from ..data.generated import generate_shapes
@@ -118,6 +120,7 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
         model = DrmmForObjectDetection(DrmmConfig(**recipe.model, **classes))
         processor = DrmmImageProcessor(size=size)
     else:
+        training.init_from = find_source(training.init_from, "init_from")
         try:
             model, loaded = DrmmForObjectDetection.from_pretrained(
                 training.init_from,
@@ -129,6 +132,8 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
             )
         except StrictDataclassError as error:
             raise ValueError(f"model, with what {training.init_from!r} has: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"init_from is {training.init_from!r}, which holds no whole model: {error}") from error
         for name, stored, wanted in sorted(loaded["mismatched_keys"]):
             print(f"starts afresh: {name}, {tuple(stored)} in {training.init_from} and {tuple(wanted)} here")
         if loaded["missing_keys"]:

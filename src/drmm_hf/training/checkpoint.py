@@ -400,8 +400,8 @@ def _unwritten(path: str | Path, reason: str, parts: Sequence[Any]) -> OSError:
     parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
     needed, free = sum(_count_bytes(part.state_dict()) for part in parts), shutil.disk_usage(parent).free
     return OSError(
-        f"{str(path)!r} cannot be written ({reason}): it needs {needed / 1e6:.1f} MB beside what is there, and "
-        f"{free / 1e6:.1f} MB are free; what was saved before is whole"
+        f"{str(path)!r} cannot be written: {'the disk is full' if free < needed else reason}. It needs "
+        f"{needed / 1e6:.1f} MB beside what is there, and {free / 1e6:.1f} MB are free; what was saved before is whole"
     )
 
 

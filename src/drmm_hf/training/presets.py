@@ -59,6 +59,7 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         notes.append(f"backbone_weights: {weights} from the Hub; a file will do, or none for random weights")
     if any(name in overrides for name in ("max_steps", "max_minutes")):
         sections["training"].pop("epochs")
+        notes = [note for note in notes if not note.startswith("epochs")]
     return make_recipe(sections, overrides), notes
 
 
@@ -229,7 +230,7 @@ def many(facts: Mapping[str, int]) -> dict[str, Any]:
         f"detector: ResNet-50, Sparse R-CNN decoder of 6 stages, as in the paper: more than {FEW} pictures",
         f"num_queries: {queries}, at least 300 and 3 for each of the {facts['most']} objects of the fullest picture",
         f"shortest_edge: {edge}, near the pictures' own {facts['shortest_edge']} (320 to 800)",
-        "augmentation and 36 epochs: the paper's; steps of 16 pictures, as 2 x 8 accumulated: with N processes give "
+        "epochs: 36, as the augmentation, the paper's; steps of 16 pictures, 8 times 2: with N processes give "
         "--accumulation-steps 8/N",
     ]
     return {"model": model, "data": large, "training": training, "notes": notes}
