@@ -24,6 +24,8 @@ COMMANDS = {
     ),
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
     "convert": ("turn a public checkpoint into a model folder", "drmm convert drmm_r50.pth runs/drmm_r50"),
+    "benchmark": ("measure speed beside that of others", "drmm benchmark loader DATA --split val"),
+    "doctor": ("look for what is wrong with data before training on them", "drmm doctor DATA"),
 }
 
 

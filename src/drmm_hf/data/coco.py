@@ -50,7 +50,9 @@ __all__ = [
     "load_coco",
     "load_detection_dataset",
     "open_image",
+    "plain_split",
     "prove_box_format",
+    "resolve_split",
     "save_coco",
 ]
 
@@ -132,11 +134,11 @@ def load_detection_dataset(
     else:
         _, readers = _folder_splits(Path(source), images, categories, bbox_format)
     if readers is None and streaming:
-        split = _resolve(split, datasets.get_dataset_split_names(str(source)), source)
+        split = resolve_split(split, datasets.get_dataset_split_names(str(source)), source)
         return hub_stream(str(source), split, categories, bbox_format, invalid)
     if readers is None:
         readers = hub_splits(str(source), categories, bbox_format)
-    split = _resolve(split, readers, source)
+    split = resolve_split(split, readers, source)
     dataset = _load(readers[split], f"{source}, split {split}", invalid)
     if not streaming:
         return dataset
@@ -191,7 +193,7 @@ def coco_paths(
         files = _coco_files(Path(source))
         if not files:
             return None
-        split = _resolve(split, files, source)
+        split = resolve_split(split, files, source)
         annotations = files[split]
     names = _annotations(Path(annotations), Problems())["file_name"]
     candidates = _image_folders(Path(source), split) if images is None else [Path(images)]
@@ -266,19 +268,38 @@ def _readable(dataset: Dataset, problems: Problems) -> Dataset:
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
-def _resolve(split: str, known: Collection[str], source: str | Path) -> str:
-    """Return the split of that name, or the only one that usually goes by it."""
+def resolve_split(split: str, known: Collection[str], source: str | Path) -> str:
+    """Find a split by its name, or the only one that usually goes by it.
+
+    Args:
+        split (`str`): Name, such as `validation`.
+        known (`Collection[str]`): The splits that there are, such as `val2017`.
+        source (`str` or `Path`): Name of the data, for messages.
+
+    Returns:
+        `str`: The name among the known ones.
+
+    Raises:
+        ValueError: If none or several go by it.
+    """
     if split in known:
         return split
-    others = [name for name in known if _plain(name) == _plain(split)]
+    others = [name for name in known if plain_split(name) == plain_split(split)]
     if len(others) != 1:
         raise ValueError(f"split {split!r} is not in {source}: it has {sorted(known)}")
     logger.info("split %r of %s is called %r there", split, source, others[0])
     return others[0]
 
 
-def _plain(split: str) -> str:
-    """Return one name for what is called val, valid, validation, dev or val2017, and likewise train and test."""
+def plain_split(split: str) -> str:
+    """Return one name for what is called val, valid, validation, dev or val2017, and likewise train and test.
+
+    Args:
+        split (`str`): The name.
+
+    Returns:
+        `str`: In small letters, without a year.
+    """
     name = re.sub(r"[-_]?\d{4}$", "", split.lower())
     names = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
     return names.get(name, name)
@@ -332,7 +353,9 @@ def _roboflow_splits(folder: Path) -> dict[str, Reader]:
 def _image_folders(folder: Path, split: str) -> list[Path]:
     """Return the places where the pictures of a split may be, the likeliest first."""
     roots = [path for path in (folder, folder / "images") if path.is_dir()]
-    others = [path for root in roots for path in sorted(root.iterdir()) if _plain(path.name) == _plain(split)]
+    others = [
+        path for root in roots for path in sorted(root.iterdir()) if plain_split(path.name) == plain_split(split)
+    ]
     usual = [folder / split, folder / "images" / split, *filter(Path.is_dir, others), folder / "images", folder]
     return list(dict.fromkeys(usual))
 

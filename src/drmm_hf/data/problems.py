@@ -38,6 +38,10 @@ KINDS = {
         "boxes without area inside their picture",
         "correct boxes that are empty, inverted or outside; look whether they are in another format",
     ),
+    "other_categories": (
+        "splits with other categories than the first",
+        "give all splits one list of categories: a model trained on one cannot be measured on the other",
+    ),
     "leaked_picture": ("pictures that other splits hold too", "keep each in one split: figures on it mean nothing"),
 }
 """Kind -> (what is counted, what to do about it)."""

@@ -1,0 +1,75 @@
+"""`drmm doctor`, from the command line to its exit code."""
+
+import json
+
+import pytest
+
+from drmm_cli import main
+from drmm_hf.data.coco import save_coco
+from drmm_hf.data.generated import generate_shapes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A clean COCO folder of two splits."""
+    for seed, split in enumerate(("train", "val")):
+        save_coco(generate_shapes(2, seed, image_size=(48, 64)), tmp_path, split)
+    return tmp_path
+
+
+def break_a_box(folder, count=1):
+    path = folder / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    for record in content["annotations"][:count]:
+        record["bbox"] = [5, 5, -1, 5]
+    path.write_text(json.dumps(content))
+
+
+def test_clean_data_exit_with_0(folder, capsys):
+    assert main(["doctor", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "COCO, splits train, val" in printed and printed.rstrip().endswith("no problems")
+    (row,) = (line.split() for line in printed.splitlines() if line.startswith("pictures"))
+    assert row == ["pictures", "2", "2"]
+    for name in ("ellipse", "rectangle", "triangle", "small / medium / large", "beyond 300"):
+        assert name in printed
+
+
+def test_problems_are_counted_named_and_exit_with_1(folder, capsys):
+    break_a_box(folder, 6)
+    assert main(["doctor", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "6 problems" in printed and "val: 6 boxes without area inside their picture [box_without_area]" in printed
+    assert printed.count("instances_val.json: annotations[") == 5 and "and 1 more, all in --json" in printed
+    assert "-> correct boxes that are empty, inverted or outside" in printed
+    assert main(["doctor", str(folder), "--split", "train"]) == 0
+
+
+def test_json_holds_everything(folder, capsys):
+    break_a_box(folder, 6)
+    assert main(["doctor", str(folder), "--json", "--num-queries", "1"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_problems"] == 6 and report["num_queries"] == 1
+    assert len(report["splits"]["val"]["problems"]["box_without_area"]["first"]) == 6
+    assert len(report["splits"]["train"]["beyond_queries"]["pictures"]) == 2
+
+
+def test_many_classes_are_cut_in_the_table_and_whole_in_json(folder, capsys):
+    for split in ("train", "val"):
+        path = folder / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        content["categories"] += [{"id": 100 + i, "name": f"thing {i}"} for i in range(40)]
+        path.write_text(json.dumps(content))
+    assert main(["doctor", str(folder)]) == 0
+    assert "... 13 more, all in --json" in capsys.readouterr().out
+    assert main(["doctor", str(folder), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["splits"]["train"]["classes"]) == 43
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--num-queries", "0"], "--num-queries is 0"), (["--split", "test"], "split 'test' is not in")],
+)
+def test_wrong_arguments_exit_with_2(folder, capsys, arguments, message):
+    assert main(["doctor", str(folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
