@@ -1,0 +1,99 @@
+"""`drmm benchmark`: measure speed, each kind of measurement a subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The command's parser.
+    """
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    loader = kinds.add_parser("loader", help="pictures a second, beside transformers' DETR processor")
+    loader.set_defaults(measure=_loader)
+    loader.add_argument("data", help="COCO folder, or any other data that drmm train takes")
+    loader.add_argument("--split", default="val", help="split of the data (default: val)")
+    loader.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures a batch (default: 4)")
+    loader.add_argument(
+        "--num-workers", type=int, default=0, metavar="N", help="processes that read (default: 0, this one)"
+    )
+    loader.add_argument("--num-pictures", type=int, default=64, metavar="N", help="pictures a turn (default: 64)")
+    loader.add_argument("--repetitions", type=int, default=5, metavar="N", help="turns of each loader (default: 5)")
+    loader.add_argument("--shortest-edge", type=int, default=800, metavar="PX", help="shorter side (default: 800)")
+    loader.add_argument("--longest-edge", type=int, default=1333, metavar="PX", help="its bound (default: 1333)")
+    loader.add_argument("--output", metavar="FILE", help="where to write the figures as json")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table and write the figures.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments.
+
+    Returns:
+        `int`: 0.
+    """
+    if args.output is not None:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
+    figures, lines = args.measure(args)
+    print(lines)
+    if args.output is not None:
+        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"written to {args.output}")
+    return 0
+
+
+def loader_table(figures: Mapping[str, Any]) -> str:
+    """Return the figures of the loader benchmark as lines of text.
+
+    Args:
+        figures (`Mapping`): From `drmm_hf.benchmarks.loader.benchmark_loader`.
+
+    Returns:
+        `str`: A line a loader: medians, and the spread in brackets; then the ratio.
+    """
+    names = {"drmm_hf": "drmm-hf", "transformers": "transformers DETR", "decoding": "decoding alone"}
+    lines = [f"{'pictures a second':<20}{'of one core':>28}{'of wall clock':>28}"]
+    for name, title in names.items():
+        columns = (figures["loaders"][name][key] for key in ("pictures_per_core_second", "pictures_per_second"))
+        lines.append(f"{title:<20}" + "".join(f"{_spread(column, 1):>28}" for column in columns))
+    return "\n".join(
+        [
+            *lines,
+            f"{'ratio':<20}{_spread(figures['ratio'], 2):>28}",
+            "",
+            f"{figures['num_pictures']} pictures in batches of {figures['batch_size']}, {figures['num_workers']} "
+            f"workers, {figures['repetitions']} turns each, in brackets the slowest and fastest",
+        ]
+    )
+
+
+def _loader(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ..benchmarks.loader import benchmark_loader
+    from ..data.coco import categories, load_detection_dataset
+    from ..data.labels import LabelMap
+
+    dataset = load_detection_dataset(args.data, args.split)
+    figures = benchmark_loader(
+        dataset,
+        LabelMap.from_categories(categories(dataset)),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        num_pictures=args.num_pictures,
+        repetitions=args.repetitions,
+        shortest_edge=args.shortest_edge,
+        longest_edge=args.longest_edge,
+    )
+    return figures, loader_table(figures)
+
+
+def _spread(summary: Mapping[str, float], digits: int) -> str:
+    low, middle, high = (f"{summary[key]:.{digits}f}" for key in ("min", "median", "max"))
+    return f"{middle} ({low} - {high})"
