@@ -39,7 +39,7 @@ def test_problems_are_counted_named_and_exit_with_1(folder, capsys):
     break_a_box(folder, 6)
     assert main(["doctor", str(folder)]) == 1
     printed = capsys.readouterr().out
-    assert "6 problems" in printed and "val: 6 boxes without area inside their picture [box_without_area]" in printed
+    assert "problems: 6" in printed and "val, boxes without area inside their picture (box_without_area): 6" in printed
     assert printed.count("instances_val.json: annotations[") == 5 and "and 1 more, all in --json" in printed
     assert "-> correct boxes that are empty, inverted or outside" in printed
     assert main(["doctor", str(folder), "--split", "train"]) == 0

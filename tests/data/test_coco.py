@@ -244,7 +244,7 @@ def test_bad_files(coco_folder, content):
 def test_missing_pictures_are_counted_and_named(coco_folder):
     folder, _ = coco_folder
     (folder / "val" / "sub" / "a.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 pictures that do not exist\n.*'sub/a\.jpg' \(image 3\)"):
+    with pytest.raises(FileNotFoundError, match=r"pictures that do not exist: 1\n.*'sub/a\.jpg' \(image 3\)"):
         load_detection_dataset(folder, "val")
 
 
@@ -269,12 +269,12 @@ def one_picture_named(name):
 def test_boxes_without_area_are_an_error_or_counted(coco_folder, content, caplog, bbox):
     content["annotations"][2]["bbox"] = bbox
     folder = coco_folder[1](content)
-    with pytest.raises(ValueError, match=r"1 boxes without area inside .*\n.*annotations\[2\] \(id 8\)"):
+    with pytest.raises(ValueError, match=r"inside their picture: 1\n.*annotations\[2\] \(id 8\)"):
         load_detection_dataset(folder, "val")
     with caplog.at_level(logging.WARNING, logger="drmm_hf"):
         dataset = load_detection_dataset(folder, "val", invalid="skip")
     assert [item["id"] for row in rows_of(dataset) for item in row["objects"]] == [5, 21]
-    assert "1 boxes without area" in caplog.text
+    assert "inside their picture: 1" in caplog.text
     with pytest.raises(ValueError, match="invalid is 'drop'"):
         load_detection_dataset(folder, "val", invalid="drop")
 

@@ -276,7 +276,7 @@ def test_bad_rows_are_left_out_with_their_pictures(load):
     features = Features({"image": datasets.Image(), "image_id": Value("int64"), "objects": List(FIELDS)})
     splits = {"train": Dataset.from_dict(data, features=features)}
     options = {"bbox_format": "xywh", "categories": [{"id": 1, "name": "newt"}]}
-    with pytest.raises(ValueError, match="has 5 problems"):
+    with pytest.raises(ValueError, match="problems found: 5;"):
         load(splits, **options)
     dataset = load(splits, **options, invalid="skip")
     assert dataset["image_id"][:] == [10, 12, 14]
@@ -376,12 +376,12 @@ def test_bad_rows_of_a_stream(tmp_path, caplog):
     options = {"bbox_format": "xywh", "streaming": True}
     stream = iter(load_detection_dataset(folder, "train", **options))
     assert next(stream)["image_id"] == 100
-    with pytest.raises(ValueError, match=r"picture 50 has 1 problems.*\n.*1 boxes without area"):
+    with pytest.raises(ValueError, match=r"picture 50, problems found: 1.*\n.*inside their picture: 1"):
         next(stream)
     with caplog.at_level(logging.WARNING, logger="drmm_hf"):
         kept = list(load_detection_dataset(folder, "train", **options, invalid="skip"))
     assert [(row["image_id"], len(row["objects"])) for row in kept] == [(100, 2), (50, 0)]
-    assert "picture 75: left out for 1 problems" in caplog.text and "width is 0" in caplog.text
+    assert "picture 75, problems found and left out: 1" in caplog.text and "width is 0" in caplog.text
 
 
 def test_what_a_stream_must_be_told(tmp_path):

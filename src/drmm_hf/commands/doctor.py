@@ -128,11 +128,11 @@ def _problem_lines(report: Mapping[str, Any]) -> list[str]:
 
     if not report["num_problems"]:
         return ["no problems"]
-    lines = [f"{report['num_problems']} problems"]
+    lines = [f"problems: {report['num_problems']}"]
     for split, part in report["splits"].items():
         for kind in sorted(part["problems"], key=list(KINDS).index):
             entry, (what, advice) = part["problems"][kind], KINDS[kind]
-            lines.append(f"  {split}: {entry['count']} {what} [{kind}]")
+            lines.append(f"  {split}, {what} ({kind}): {entry['count']}")
             lines += [f"    {message}" for message in entry["first"][:_LISTED]]
             if entry["count"] > _LISTED:
                 lines.append(f"    and {entry['count'] - _LISTED} more, all in --json")

@@ -81,7 +81,7 @@ class Problems:
         lines = []
         for kind in sorted(self.found, key=list(KINDS).index):
             entry = self.found[kind]
-            lines.append(f"{entry['count']} {KINDS[kind][0]}")
+            lines.append(f"{KINDS[kind][0]}: {entry['count']}")
             lines += [f"  {message}" for message in entry["first"]]
             if entry["count"] > len(entry["first"]):
                 lines.append(f"  and {entry['count'] - len(entry['first'])} more")
@@ -104,10 +104,10 @@ class Problems:
         if policy == "error":
             kind = FileNotFoundError if set(self.found) == {"missing_picture"} else ValueError
             raise kind(
-                f"{source} has {len(self)} problems; correct them (drmm doctor lists all), or leave such pictures and "
-                f"boxes out with invalid='skip'.\n  {text}"
+                f"{source}, problems found: {len(self)}; correct them (drmm doctor lists all), or leave such pictures "
+                f"and boxes out with invalid='skip'.\n  {text}"
             )
-        logger.warning("%s: left out for %d problems:\n  %s", source, len(self), text)
+        logger.warning("%s, problems found and left out: %d\n  %s", source, len(self), text)
 
 
 def check_policy(invalid: str) -> None:
