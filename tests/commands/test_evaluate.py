@@ -137,7 +137,7 @@ def test_reliability_is_reported_and_calibrators_go_to_another_split(model_folde
 
 def test_what_is_wrong_is_said_in_words(model_folder, coco_folder, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "nothing"), str(coco_folder)]) == 2
-    assert "no detector in a folder or on the Hub" in capsys.readouterr().err
+    assert "nothing' does not exist" in capsys.readouterr().err
     assert main(["evaluate", str(model_folder), str(coco_folder), "--split", "test"]) == 2
     assert "split 'test'" in capsys.readouterr().err
 

@@ -176,3 +176,34 @@ def test_ground_truth_of_a_dataset_is_its_annotation_file(scene):
     assert rebuilt["categories"] == truth["categories"] and rebuilt["images"] == truth["images"]
     assert sorted(rebuilt["annotations"], key=lambda record: record["id"]) == truth["annotations"]
     assert coco_metrics(rebuilt, detections) == coco_metrics(truth, detections)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10_000), num_classes=st.sampled_from([1, 3, 12]), order=st.randoms(use_true_random=False))
+def test_the_fast_backend_gives_the_figures_of_pycocotools(scene, seed, num_classes, order):
+    """With crowds, ties, records in any order and areas at the boundaries of the sizes."""
+    pytest.importorskip("hotcoco")
+    truth, detections = scene(seed, num_classes=num_classes)
+    for records in truth.values():
+        order.shuffle(records)
+    for index, record in enumerate(truth["annotations"]):
+        record["area"] = (record["area"], 32**2, 96**2, 0.5)[index % 4]
+    for entry in detections[::2]:
+        entry["score"] = round(entry["score"], 1)
+    slow, fast = (coco_metrics(truth, detections, backend) for backend in ("pycocotools", "hotcoco"))
+    assert slow.keys() == fast.keys()
+    for name in (*METRIC_NAMES, "AP_per_class"):
+        assert fast[name] == (None if slow[name] is None else pytest.approx(slow[name], abs=1e-9))
+
+
+def test_both_backends_say_the_same_of_nothing_and_of_the_unknown(scene, capfd):
+    truth, detections = scene(5)
+    for backend in ("pycocotools", "hotcoco"):
+        if backend == "hotcoco":
+            pytest.importorskip("hotcoco")
+        assert coco_metrics(truth, [], backend)["AP"] == 0
+        nothing = coco_metrics(truth | {"annotations": []}, detections, backend)
+        assert all(nothing[name] is None for name in METRIC_NAMES)
+        with pytest.raises(ValueError, match="detections have image_id 999"):
+            coco_metrics(truth, [detections[0] | {"image_id": 999}], backend)
+    assert capfd.readouterr().out == ""

@@ -94,12 +94,14 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
+    from ..conversion.model_source import find_source
     from ..data.coco import coco_paths, load_detection_dataset
     from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.evaluate import category_of_label, class_table, evaluate, measure
     from ..evaluation.likelihood import check_density, likelihoods, summarize
     from ..evaluation.predict import load_detector
 
+    source_of_model = None if args.model is None else find_source(args.model)
     is_file = args.annotations is None and args.data.endswith(".json")
     source = str(Path(args.data).parent) if is_file else args.data
     places = {"images": args.images, "annotations": args.data if is_file else args.annotations}
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         detections, mapping = load_results(args.detections, annotations)
         metrics = measure(detections, annotations, mapping, args.output, **options)
     else:
-        model, processor = load_detector(args.model, args.device)
+        model, processor = load_detector(source_of_model, args.device)
         if args.losses or other:
             check_density(model.config)
         categories = annotations["categories"]

@@ -1,4 +1,4 @@
-"""COCO's average precision and recall, computed by pycocotools against untouched annotations."""
+"""COCO's average precision and recall against untouched annotations, by pycocotools or its faster double hotcoco."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -82,26 +83,7 @@ def coco_evaluation(source: str | Path | Mapping[str, Any], detections: Sequence
     from pycocotools.cocoeval import COCOeval
 
     content = load_annotations(source)
-    for key, known in (("image_id", content["images"]), ("category_id", content["categories"])):
-        unknown = {entry[key] for entry in detections} - {record["id"] for record in known}
-        if unknown:
-            raise ValueError(
-                f"detections have {key} {first_few(sorted(unknown))}, which the annotations do not have: "
-                f"they hold {len(known)} of them, such as {first_few(record['id'] for record in known)}."
-            )
-    annotations = [
-        {**record, "id": index, "area": annotation_area(record), "iscrowd": int(record.get("iscrowd") or 0)}
-        for index, record in enumerate(content["annotations"], start=1)
-    ]
-    results = [
-        {
-            **{key: entry[key] for key in ("image_id", "category_id", "bbox", "score")},
-            "id": index,
-            "area": entry["bbox"][2] * entry["bbox"][3],
-            "iscrowd": 0,
-        }
-        for index, entry in enumerate(detections, start=1)
-    ]
+    annotations, results = _records(content, detections)
     with contextlib.redirect_stdout(io.StringIO()):
         indices = []
         for records in (annotations, results):
@@ -139,7 +121,9 @@ def run_quietly(evaluation: COCOeval, description: str) -> None:
 
 
 def coco_metrics(
-    annotation_source: str | Path | Mapping[str, Any], detections_coco: Sequence[Mapping[str, Any]]
+    annotation_source: str | Path | Mapping[str, Any],
+    detections_coco: Sequence[Mapping[str, Any]],
+    backend: Literal["pycocotools", "hotcoco"] | None = None,
 ) -> dict[str, Any]:
     """Compute COCO's twelve figures and the AP of each class.
 
@@ -147,27 +131,63 @@ def coco_metrics(
         annotation_source (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds; `ground_truth`
             makes it from a dataset without a file.
         detections_coco (`Sequence[Mapping]`): COCO results.
+        backend (`str`, *optional*): "pycocotools", or "hotcoco", which computes the same figures some fifty times
+            faster. By default hotcoco where it is installed.
 
     Returns:
         `dict`: `AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl` and `AP_per_class` (name to AP), all as
         fractions. A figure that no ground truth takes part in, such as `APs` without small objects, is None.
+
+    Raises:
+        ValueError: If a detection belongs to a picture or a category that the annotations do not have.
     """
-    evaluation = coco_evaluation(annotation_source, detections_coco)
-    run_quietly(evaluation, "computing AP")
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics: dict[str, Any] = {
-        name: _fraction(value) for name, value in zip(METRIC_NAMES, evaluation.stats, strict=True)
+    content = load_annotations(annotation_source)
+    if backend is None:
+        backend = "hotcoco" if find_spec("hotcoco") else "pycocotools"
+    if backend == "hotcoco" and detections_coco:  # it refuses an empty list
+        precision, recall = _run_hotcoco(content, detections_coco)
+    else:
+        evaluation = coco_evaluation(content, detections_coco)
+        run_quietly(evaluation, "computing AP")
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.accumulate()
+        precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+
+    # (IoU thresholds, recalls, classes, areas, maximal detections) and the same without recalls
+    parts = {
+        "AP": precision[..., 0, 2],
+        "AP50": precision[0, ..., 0, 2],
+        "AP75": precision[5, ..., 0, 2],
+        "APs": precision[..., 1, 2],
+        "APm": precision[..., 2, 2],
+        "APl": precision[..., 3, 2],
+        "AR1": recall[..., 0, 0],
+        "AR10": recall[..., 0, 1],
+        "AR100": recall[..., 0, 2],
+        "ARs": recall[..., 1, 2],
+        "ARm": recall[..., 2, 2],
+        "ARl": recall[..., 3, 2],
     }
-    # (IoU thresholds, recalls, classes) of all areas and at most 100 detections
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    names = {record["id"]: record["name"] for record in evaluation.cocoGt.dataset["categories"]}
+    metrics: dict[str, Any] = {name: mean_of_defined(parts[name]) for name in METRIC_NAMES}
+    names = {record["id"]: record["name"] for record in content["categories"]}
     metrics["AP_per_class"] = {
-        names[category_id]: _fraction(precision[:, :, index].mean())
-        for index, category_id in enumerate(evaluation.params.catIds)
+        names[category_id]: mean_of_defined(precision[:, :, index, 0, 2])
+        for index, category_id in enumerate(sorted(names))
     }
     return metrics
+
+
+def mean_of_defined(values: np.ndarray) -> float | None:
+    """Average figures of pycocotools, whose -1 means that no ground truth takes part.
+
+    Args:
+        values (`np.ndarray`): Precisions or recalls.
+
+    Returns:
+        `float`, *optional*: The mean; None if all are -1.
+    """
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None
 
 
 def annotation_area(record: Mapping[str, Any]) -> float:
@@ -197,6 +217,59 @@ def first_few(values: Iterable[Any], count: int = 5) -> str:
     return ", ".join(map(str, values[:count])) + (", ..." if len(values) > count else "")
 
 
-def _fraction(value: float) -> float | None:
-    """Return a figure of pycocotools, whose -1 means that no ground truth takes part."""
-    return None if value < 0 else float(value)
+def check_known(content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse detections in pictures or of categories that the annotations do not have.
+
+    Args:
+        content (`Mapping`): What a COCO json file holds.
+        detections (`Sequence[Mapping]`): COCO results.
+
+    Raises:
+        ValueError: If there is one; the message names some.
+    """
+    for key, known in (("image_id", content["images"]), ("category_id", content["categories"])):
+        unknown = {entry[key] for entry in detections} - {record["id"] for record in known}
+        if unknown:
+            raise ValueError(
+                f"detections have {key} {first_few(sorted(unknown))}, which the annotations do not have: "
+                f"they hold {len(known)} of them, such as {first_few(record['id'] for record in known)}."
+            )
+
+
+def _records(
+    content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return annotations and detections with all that the evaluation reads, numbered from 1."""
+    check_known(content, detections)
+    annotations = [
+        {**record, "id": index, "area": annotation_area(record), "iscrowd": int(record.get("iscrowd") or 0)}
+        for index, record in enumerate(content["annotations"], start=1)
+    ]
+    results = [
+        {
+            **{key: entry[key] for key in ("image_id", "category_id", "bbox", "score")},
+            "id": index,
+            "area": entry["bbox"][2] * entry["bbox"][3],
+            "iscrowd": 0,
+        }
+        for index, entry in enumerate(detections, start=1)
+    ]
+    return annotations, results
+
+
+def _run_hotcoco(content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return precision and recall as pycocotools has them."""
+    from hotcoco import COCO, COCOeval
+
+    annotations, results = _records(content, detections)
+    fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    truth = {
+        "images": [{"id": record["id"], "width": 0, "height": 0, "file_name": ""} for record in content["images"]],
+        "annotations": [{name: record[name] for name in fields} for record in annotations],
+        "categories": [{"id": record["id"], "name": record["name"]} for record in content["categories"]],
+    }
+    reference = COCO(truth)
+    evaluation = COCOeval(reference, reference.load_res(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation.eval["precision"], evaluation.eval["recall"]

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from drmm_hf.data.labels import LabelMap
 
 from .calibration import expected_calibration_error
-from .coco_metrics import load_annotations
+from .coco_metrics import coco_metrics, load_annotations
 from .detections import Detections
-from .matches import COCO_IOU_THRESHOLDS, match
+from .matches import match
 
 
 # Those of Figure 7.
@@ -144,16 +144,17 @@ def sweep(
 def _figures(
     detections: Detections, annotations: Mapping[str, Any], label_map: LabelMap, top_k: int
 ) -> dict[str, Any]:
-    """Measure detections by one matching at all of COCO's thresholds."""
-    matches = match(annotations, detections.to_coco(label_map), COCO_IOU_THRESHOLDS, top_k)
+    """Measure detections."""
+    entries = detections.to_coco(label_map)
+    metrics, matches = coco_metrics(annotations, entries), match(annotations, entries, top_k=top_k)
     counted = ~matches.ignored[0]
     scores, correct = matches.scores[counted], matches.correct[0][counted]
     reliability = expected_calibration_error(scores, correct).to_dict()
     confident = scores > 0.1
     duplicates = matches.duplicates[0][counted][confident]
     return {
-        "AP": matches.average_precision,
-        "AR100": matches.average_recall,
+        "AP": metrics["AP"],
+        "AR100": metrics["AR100"],
         "ECE": reliability["ece"],
         "ECE_0.1": expected_calibration_error(scores, correct, min_score=0.1).to_dict()["ece"],
         "duplicate_rate": float(duplicates.mean()) if len(duplicates) else None,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .coco_metrics import coco_evaluation, run_quietly
+from .coco_metrics import check_known, coco_evaluation, load_annotations, run_quietly
 
 
 COCO_IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * index, 2) for index in range(10))
@@ -33,9 +32,6 @@ class Matches:
         best_ious (`np.ndarray` of shape `(n,)`): Largest IoU with any ground truth of its class, taken or not.
         num_ground_truths (`dict[int, int]`): Number of ground truths of each category, without crowds.
         pictures (`np.ndarray`): Ids of all pictures, those without predictions too.
-        average_precision (`float`, *optional*): Mean over thresholds and classes; None without ground truths. With
-            `COCO_IOU_THRESHOLDS` it is COCO's AP.
-        average_recall (`float`, *optional*): Likewise; COCO's AR100 if `top_k` was 100.
     """
 
     iou_thresholds: np.ndarray
@@ -49,8 +45,6 @@ class Matches:
     best_ious: np.ndarray
     num_ground_truths: dict[int, int]
     pictures: np.ndarray
-    average_precision: float | None
-    average_recall: float | None
 
     @property
     def duplicates(self) -> np.ndarray:
@@ -90,23 +84,27 @@ def match(
         taken[image_id] = taken.get(image_id, 0) + 1
         if taken[image_id] <= top_k:
             positions.append(index)
-    evaluation = coco_evaluation(ground_truth, [detections_coco[index] for index in positions])
+    # Most predictions name a class that their picture does not have. They are wrong, and need no matching.
+    content = load_annotations(ground_truth)
+    place = itemgetter("image_id", "category_id") if class_aware else itemgetter("image_id")
+    annotated = {place(record) for record in content["annotations"]}
+    hopeful = [index for index in positions if place(detections_coco[index]) in annotated]
+    hopeless = [index for index in positions if place(detections_coco[index]) not in annotated]
+    check_known(content, [detections_coco[index] for index in hopeless])
+    evaluation = coco_evaluation(content, [detections_coco[index] for index in hopeful])
     evaluation.params.iouThrs = np.asarray(iou_thresholds, dtype=float)
     evaluation.params.areaRng = [[0, float("inf")]]
     evaluation.params.areaRngLbl = ["all"]
     evaluation.params.maxDets = [top_k]
     evaluation.params.useCats = int(class_aware)
     run_quietly(evaluation, "matching predictions")
-    all_categories = list(evaluation.params.catIds)  # accumulate forgets them if the class plays no part
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.accumulate()
 
     objects, columns = evaluation.cocoGt.anns, [[] for _ in range(5)]
     for group in evaluation.evalImgs:
         if group is None or not group["dtIds"]:
             continue
         key = (group["image_id"], group["category_id"])
-        category_ids = [key[1]] if class_aware else all_categories
+        category_ids = [key[1]] if class_aware else evaluation.params.catIds
         ids = [record["id"] for category_id in category_ids for record in evaluation._gts[key[0], category_id]]
         # One column more, of zeros, is the IoU with no ground truth at all.
         ious = np.zeros((len(group["dtIds"]), len(ids) + 1))
@@ -119,7 +117,7 @@ def match(
         ignored = group["dtIgnore"].astype(bool)
         correct = (matched > 0) & ~ignored
         parts = (
-            np.array([positions[one - 1] for one in group["dtIds"]]),
+            np.array([hopeful[one - 1] for one in group["dtIds"]]),
             correct,
             ignored,
             np.where(correct, ious[np.arange(len(ious)), taken_column], 0.0),
@@ -128,10 +126,11 @@ def match(
         for column, part in zip(columns, parts, strict=True):
             column.append(part)
     num_thresholds = len(evaluation.params.iouThrs)
-    empty = (np.zeros(0, dtype=int), *[np.zeros((num_thresholds, 0))] * 3, np.zeros(0))
-    indices, correct, ignored, ious, best_ious = (
-        np.concatenate(column, axis=-1) if column else none for column, none in zip(columns, empty, strict=True)
-    )
+    wrong = np.zeros((num_thresholds, len(hopeless)))
+    for column, part in zip(columns, (hopeless, wrong, wrong, wrong, np.zeros(len(hopeless))), strict=True):
+        column.append(np.asarray(part))
+    indices, correct, ignored, ious, best_ious = (np.concatenate(column, axis=-1) for column in columns)
+    indices = indices.astype(int)
     entries = [detections_coco[index] for index in indices.tolist()]
     counts = {record["id"]: 0 for record in evaluation.cocoGt.dataset["categories"]}
     for record in objects.values():
@@ -148,12 +147,4 @@ def match(
         best_ious=best_ious,
         num_ground_truths=counts,
         pictures=np.array([record["id"] for record in evaluation.cocoGt.dataset["images"]], dtype=int),
-        average_precision=_mean(evaluation.eval["precision"]),
-        average_recall=_mean(evaluation.eval["recall"]),
     )
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """Average figures of pycocotools, whose -1 means that no ground truth takes part."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else None
