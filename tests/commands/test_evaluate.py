@@ -102,6 +102,23 @@ def test_a_sweep_is_written_drawn_and_printed(coco_folder, tmp_path, capsys):
         assert name in lines[-1] or f"{name}," in lines[-1]
 
 
+def test_thresholds_are_measured_drawn_and_printed(coco_folder, tmp_path, capsys):
+    entries = [
+        {"image_id": 10, "category_id": 3, "bbox": [5.0, 8.0, 30.0, 25.0], "score": 0.75},
+        {"image_id": 20, "category_id": 8, "bbox": [50.0, 60.0, 5.0, 5.0], "score": 0.5},
+    ]
+    results, output = tmp_path / "results.json", tmp_path / "out"
+    results.write_text(json.dumps(entries))
+    command = ["evaluate", str(coco_folder), "--detections", str(results), "--thresholds", "--output", str(output)]
+    assert main(command) == 0
+    content = json.loads((output / "thresholds.json").read_text())
+    assert content["all"]["best_threshold"] == 0.75 and content["all"]["best_f1"] == pytest.approx(2 / 3)
+    assert content["confusion"]["matrix"] == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+    assert ["round", "0.750", "100.00"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    for name in ("thresholds.png", "confusion.png"):
+        assert Image.open(output / name).width > 500
+
+
 def test_reliability_is_reported_and_calibrators_go_to_another_split(model_folder, coco_folder, tmp_path, capsys):
     """The drmm has an objectness; any detector has a confidence."""
     found = tmp_path / "found"

@@ -58,6 +58,9 @@ def test_every_prediction_is_what_the_rule_says(scene, seed, top_k, thresholds, 
         assert sorted(matches.indices.tolist()) == sorted(expected)
         columns = (matches.correct, matches.duplicates, matches.ignored, matches.ious)
         for place, index in enumerate(matches.indices.tolist()):
+            if class_aware:
+                taken = detections[index]["category_id"] if expected[index][0] else -1
+                assert matches.matched_category_ids[row, place] == taken
             found = (*(column[row, place] for column in columns), matches.best_ious[place])
             assert found == pytest.approx(expected[index])
     for name in ("image_id", "category_id", "score"):

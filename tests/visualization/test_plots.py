@@ -127,3 +127,36 @@ def test_boxes_are_drawn_by_confidence(tmp_path, figures):
     drawn = [(patch.get_bbox().extents.tolist(), patch.get_linestyle() == "solid") for patch in first.patches]
     assert drawn == [([0, 0, 10, 20], True), ([5, 5, 30, 30], False)]
     assert [patch.get_linestyle() == "solid" for patch in second.patches] == [False]
+
+
+def threshold_curve(value, best=0.5):
+    return {"precision": [value, 1.0], "recall": [1.0, value], "f1": [value, 0.0]} | {
+        "best_threshold": best,
+        "best_f1": value,
+    }
+
+
+@pytest.mark.parametrize("num_classes", [0, 2, 30])
+def test_curves_over_the_threshold(num_classes, tmp_path, figures):
+    classes = {f"c{index}": threshold_curve(0.4) for index in range(num_classes)}
+    curves = {"thresholds": [0.0, 1.0], "all": threshold_curve(0.6, 0.25), "classes": classes}
+    assert Image.open(plots.threshold_diagram(curves, tmp_path / "thresholds.png")).size[0] > 1000
+    left, right = figures[0].axes
+    named = [text.get_text() for text in left.get_legend().get_texts()]
+    assert named == [*(classes if num_classes < 9 else ()), "all classes"]
+    assert len(left.lines) == num_classes + 1 and list(left.lines[-1].get_ydata()) == [0.6, 1.0]
+    assert list(right.lines[-1].get_xdata()) == [0.25] and list(right.lines[-1].get_ydata()) == [0.6]
+
+
+def test_a_confusion_matrix_shows_shares_and_counts(tmp_path, figures):
+    confusion = {"threshold": 0.5, "names": ["cat", "dog"], "matrix": [[3, 1, 0], [0, 2000, 0], [1, 0, 0]]}
+    plots.confusion_diagram(confusion, tmp_path / "confusion.png")
+    axes = figures[0].axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25, 0], [0, 1, 0], [1, 0, 0]]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): "3",
+        (1, 0): "1",
+        (1, 1): "2k",
+        (0, 2): "1",
+    }
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "no object"]

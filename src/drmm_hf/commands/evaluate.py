@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     duplicates.add_argument(
         "--sweep", action="store_true", help="measure NMS and winner-take-all at IoU 0.5 to 1, and draw the figures"
     )
+    parser.add_argument(
+        "--thresholds",
+        action="store_true",
+        help="precision, recall and F1 by score, best thresholds, confusion matrix",
+    )
     reliability = parser.add_mutually_exclusive_group()
     reliability.add_argument(
         "--calibration",
@@ -129,6 +134,10 @@ def run(args: argparse.Namespace) -> int:
         metrics = evaluate(model, processor, dataset, annotations, args.output, batch_size=args.batch_size, **options)
     written = ["metrics.json", "detections.json", *draw_pictures(dataset, annotations, Path(args.output))]
     print(f"\n{table(metrics)}")
+    if args.thresholds:
+        curves, files = measure_thresholds(annotations, Path(args.output), args.top_k)
+        written += files
+        print(f"\n{threshold_table(curves)}")
     if args.calibration or args.calibrators:
         report, files = measure_calibration(annotations, Path(args.output), args.top_k, args.calibrators)
         written += files
@@ -208,6 +217,52 @@ def table(metrics: Mapping[str, Any]) -> str:
         if metrics["deduplication"]["num_capped"]:
             lines.append(f"{metrics['deduplication']['num_capped']} sums of confidences were stopped at 1")
     return "\n".join(lines)
+
+
+def threshold_table(curves: Mapping[str, Any]) -> str:
+    """Return the best score threshold of each class as lines of text.
+
+    Args:
+        curves (`Mapping`): From `drmm_hf.evaluation.thresholds.threshold_curves`.
+
+    Returns:
+        `str`: A line a class, then one for all together.
+    """
+    width = max(len("all classes"), *map(len, curves["classes"]), 0)
+    lines = [f"{'':<{width}}{'best score':>12}{'F1':>8}"]
+    for name, one in [*curves["classes"].items(), ("all classes", curves["all"])]:
+        if one is not None and one["best_threshold"] is not None:
+            lines.append(f"{name:<{width}}{one['best_threshold']:>12.3f}{_per_cent(one['best_f1']):>8}")
+    return "\n".join(lines)
+
+
+def measure_thresholds(annotations: Mapping[str, Any], output: Path, top_k: int) -> tuple[dict[str, Any], list[str]]:
+    """Compute and draw curves over the score threshold, and the confusion matrix at the best one.
+
+    Args:
+        annotations (`Mapping`): The COCO annotations.
+        output (`Path`): Folder that holds `detections.json`; `thresholds.json` and the figures go there too.
+        top_k (`int`): Number of predictions a picture.
+
+    Returns:
+        `tuple[dict, list[str]]`: The curves, and the names of the files.
+    """
+    from transformers.utils import is_matplotlib_available
+
+    from ..evaluation.thresholds import confusion_matrix, threshold_curves
+    from ..visualization.plots import confusion_diagram, threshold_diagram
+
+    entries = json.loads((output / "detections.json").read_text())
+    curves, names = threshold_curves(annotations, entries, top_k), ["thresholds.json"]
+    best = None if curves["all"] is None else curves["all"]["best_threshold"]
+    confusion = confusion_matrix(annotations, entries, 0.5 if best is None else best, top_k)
+    content = curves | {"confusion": confusion}
+    (output / "thresholds.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    if is_matplotlib_available():
+        threshold_diagram(curves, output / "thresholds.png")
+        confusion_diagram(confusion, output / "confusion.png")
+        names += ["thresholds.png", "confusion.png"]
+    return curves, names
 
 
 def calibration_table(report: Mapping[str, Any]) -> str:

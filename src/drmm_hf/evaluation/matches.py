@@ -29,6 +29,7 @@ class Matches:
         correct (`np.ndarray` of shape `(T, n)`): Whether a prediction took a ground truth.
         ignored (`np.ndarray` of shape `(T, n)`): Whether it fell on a crowd region, and is neither right nor wrong.
         ious (`np.ndarray` of shape `(T, n)`): IoU with the ground truth that it took; 0 if none.
+        matched_category_ids (`np.ndarray` of shape `(T, n)`): Category of the ground truth that it took; -1 if none.
         best_ious (`np.ndarray` of shape `(n,)`): Largest IoU with any ground truth of its class, taken or not.
         num_ground_truths (`dict[int, int]`): Number of ground truths of each category, without crowds.
         pictures (`np.ndarray`): Ids of all pictures, those without predictions too.
@@ -42,6 +43,7 @@ class Matches:
     correct: np.ndarray
     ignored: np.ndarray
     ious: np.ndarray
+    matched_category_ids: np.ndarray
     best_ious: np.ndarray
     num_ground_truths: dict[int, int]
     pictures: np.ndarray
@@ -99,7 +101,7 @@ def match(
     evaluation.params.useCats = int(class_aware)
     run_quietly(evaluation, "matching predictions")
 
-    objects, columns = evaluation.cocoGt.anns, [[] for _ in range(5)]
+    objects, columns = evaluation.cocoGt.anns, [[] for _ in range(6)]
     for group in evaluation.evalImgs:
         if group is None or not group["dtIds"]:
             continue
@@ -114,6 +116,7 @@ def match(
         place = {annotation_id: column for column, annotation_id in enumerate(ids)}
         taken_column = np.array([[place.get(one, len(ids)) for one in row] for row in matched.tolist()])
         no_crowd = np.array([not objects[one]["iscrowd"] for one in ids] + [True])
+        categories = np.array([objects[one]["category_id"] for one in ids] + [-1])
         ignored = group["dtIgnore"].astype(bool)
         correct = (matched > 0) & ~ignored
         parts = (
@@ -121,15 +124,16 @@ def match(
             correct,
             ignored,
             np.where(correct, ious[np.arange(len(ious)), taken_column], 0.0),
+            np.where(correct, categories[taken_column], -1),
             ious[:, no_crowd].max(axis=1),
         )
         for column, part in zip(columns, parts, strict=True):
             column.append(part)
     num_thresholds = len(evaluation.params.iouThrs)
     wrong = np.zeros((num_thresholds, len(hopeless)))
-    for column, part in zip(columns, (hopeless, wrong, wrong, wrong, np.zeros(len(hopeless))), strict=True):
+    for column, part in zip(columns, (hopeless, wrong, wrong, wrong, wrong - 1, np.zeros(len(hopeless))), strict=True):
         column.append(np.asarray(part))
-    indices, correct, ignored, ious, best_ious = (np.concatenate(column, axis=-1) for column in columns)
+    indices, correct, ignored, ious, matched, best_ious = (np.concatenate(column, axis=-1) for column in columns)
     indices = indices.astype(int)
     entries = [detections_coco[index] for index in indices.tolist()]
     counts = {record["id"]: 0 for record in evaluation.cocoGt.dataset["categories"]}
@@ -144,6 +148,7 @@ def match(
         correct=correct.astype(bool),
         ignored=ignored.astype(bool),
         ious=ious,
+        matched_category_ids=matched.astype(int),
         best_ious=best_ious,
         num_ground_truths=counts,
         pictures=np.array([record["id"] for record in evaluation.cocoGt.dataset["images"]], dtype=int),

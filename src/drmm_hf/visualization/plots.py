@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _INK, _PALE, _BLUE, _RED, _ORANGE = "#2b2f36", "#d9dde3", "#3878c7", "#e0533d", "#f0962e"
+# Okabe and Ito's, which the colour-blind can tell apart.
+_SHADES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c8c00", "#7f7f7f")
 
 
 def reliability_diagram(result: Any, path: str | Path, title: str = "Reliability") -> Path:
@@ -141,6 +143,72 @@ def confidence_boxes(panels: Sequence[tuple[str, Image, np.ndarray, np.ndarray]]
     samples = [Rectangle((0, 0), 1, 1, fill=False, linewidth=1.6, **style) for style in styles.values()]
     names = [f"confidence {name}" for name in styles]
     figure.legend(samples, names, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    return _save(figure, path)
+
+
+def threshold_diagram(curves: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw precision against recall, and F1 against the score threshold with its best point.
+
+    Args:
+        curves (`Mapping`): From `drmm_hf.evaluation.thresholds.threshold_curves`. Up to eight classes are named; of
+            more, each is a pale line.
+        path (`str` or `Path`): Picture to write; its folder is made.
+
+    Returns:
+        `Path`: The picture.
+    """
+    figure = _figure(10.5, 4.6)
+    left, right = figure.subplots(1, 2)
+    few = len(curves["classes"]) <= len(_SHADES)
+    shades = _SHADES if few else [_PALE] * len(curves["classes"])
+    lines = [(name, one, shade, 1.3) for (name, one), shade in zip(curves["classes"].items(), shades, strict=False)]
+    if curves["all"] is not None:
+        lines.append(("all classes", curves["all"], _INK, 2.2))
+    for name, one, shade, width in lines:
+        label = name if few or shade == _INK else None
+        left.plot(one["recall"], one["precision"], color=shade, linewidth=width, label=label)
+        right.plot(curves["thresholds"], one["f1"], color=shade, linewidth=width)
+        if one["best_threshold"] is not None and label:
+            right.plot(one["best_threshold"], one["best_f1"], color=shade, marker="o", markersize=5)
+    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    right.set(xlabel="score threshold", ylabel="F1", xlim=(0, 1), ylim=(0, 1.02))
+    left.set_title("Precision and recall at IoU 0.5", loc="left", fontweight="bold", color=_INK)
+    right.set_title("F1", loc="left", fontweight="bold", color=_INK)
+    if lines:
+        left.legend(loc="lower left", frameon=False)
+    for one in (left, right):
+        _plain(one)
+    return _save(figure, path)
+
+
+def confusion_diagram(confusion: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw which class is predicted for which, as shares of the annotated class, with the counts in small matrices.
+
+    Args:
+        confusion (`Mapping`): From `drmm_hf.evaluation.thresholds.confusion_matrix`.
+        path (`str` or `Path`): Picture to write; its folder is made.
+
+    Returns:
+        `Path`: The picture.
+    """
+    matrix = np.asarray(confusion["matrix"], dtype=float)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    size = len(matrix)
+    side = min(4 + 0.35 * size, 16)
+    figure = _figure(side + 0.8, side)
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, shrink=0.7, label="share of the row")
+    letters = 9 if size <= 20 else 5.5
+    axes.set_xticks(range(size), [*confusion["names"], "missed"], rotation=90 if size > 6 else 0, fontsize=letters)
+    axes.set_yticks(range(size), [*confusion["names"], "no object"], fontsize=letters)
+    axes.set(xlabel="predicted", ylabel="annotated")
+    axes.set_title(f"Scores of {confusion['threshold']:.2f} and more", loc="left", fontweight="bold", color=_INK)
+    if size <= 20:
+        for row, column in np.argwhere(matrix > 0):
+            shade = "white" if shares[row, column] > 0.6 else _INK
+            count = _short(int(matrix[row, column]))
+            axes.text(column, row, count, ha="center", va="center", fontsize=letters, color=shade)
     return _save(figure, path)
 
 
