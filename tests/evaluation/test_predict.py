@@ -199,13 +199,6 @@ def padded_detr():
     return detr()[0], DetrImageProcessor(size={"max_height": 96, "max_width": 96}, do_pad=True, pad_size=square)
 
 
-def softmax_rt_detr():
-    model, processor = rt_detr()
-    config = model.config
-    config.use_focal_loss = False
-    return RTDetrForObjectDetection(config), processor
-
-
 def drmm():
     return DrmmForObjectDetection(tiny_config()), DrmmImageProcessor(size=SMALL)
 
@@ -427,7 +420,7 @@ def perfect_forward(processor, softmax, of_unpadded):
     return forward
 
 
-@pytest.mark.parametrize("make", [*DETECTORS, padded_detr, softmax_rt_detr, drmm], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [*DETECTORS, padded_detr, drmm], ids=lambda make: make.__name__)
 def test_every_detector_that_is_right_scores_one_through_the_command(make, coco_folder, tmp_path, monkeypatch, capsys):
     """First as it is, random; then with outputs that encode the annotations, in pictures of mixed sizes."""
     monkeypatch.setattr("drmm_hf.commands.evaluate.draw_pictures", lambda *arguments: [])
@@ -441,7 +434,7 @@ def test_every_detector_that_is_right_scores_one_through_the_command(make, coco_
     assert figures["AP"] < 0.5 and figures["num_detections"] > 4
     assert ["2", "LABEL_2", "2", "long"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
-    softmax = make in (detr, padded_detr, yolos, softmax_rt_detr)
+    softmax = make in (detr, padded_detr, yolos)
     forward = perfect_forward(processor, softmax, of_unpadded=make is drmm)
     monkeypatch.setattr(type(model), "forward", forward)
     assert main([*command, "--output", str(tmp_path / "right")]) == 0
@@ -462,3 +455,15 @@ def test_a_model_without_boxes_is_refused():
 
     with pytest.raises(ValueError, match="output of the model has no pred_boxes"):
         predict(Wordy(), Processor(), [{"image_id": 1, "image": Image.new("RGB", (10, 10))}], progress=False)
+
+
+def test_scores_that_the_processor_of_rt_detr_misreads_are_refused():
+    """Its softmax has no dimension, and goes over the batch: alone, every picture would score 1 everywhere."""
+    model, processor = rt_detr()
+    outputs = DetrObjectDetectionOutput(logits=torch.randn(1, 7, 3), pred_boxes=torch.rand(1, 7, 4))
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        (result,) = processor.post_process_object_detection(outputs, -1.0, use_focal_loss=False)
+    assert result["scores"].tolist() == [1.0] * 7
+    model.config.use_focal_loss = False
+    with pytest.raises(ValueError, match="config.use_focal_loss is False"):
+        predict(model, processor, pictures(1), progress=False)

@@ -94,9 +94,9 @@ def predict(
         `Detections`: One result a picture, in the order of the dataset, boxes in pixels of the original picture.
 
     Raises:
-        ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections or the model
-            gives no boxes, if a picture is not of 8 bits or of another size than its annotations, or if a result is
-            not finite.
+        ValueError: If `batch_size` or `top_k` is below 1, if the processor cannot post-process detections or would
+            misread the scores, if the model gives no boxes, if a picture is not of 8 bits or of another size than its
+            annotations, or if a result is not finite.
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; the rule is at least 1.")
@@ -232,8 +232,11 @@ def _detect(
     known = inspect.signature(processor.post_process_object_detection).parameters
     if "top_k" in known:
         options["top_k"] = top_k
-    if "use_focal_loss" in known:  # RT-DETR's processor does not know how the scores were trained, the model does
-        options["use_focal_loss"] = getattr(model.config, "use_focal_loss", True)
+    if "use_focal_loss" in known and not getattr(getattr(model, "config", None), "use_focal_loss", True):
+        raise ValueError(
+            "config.use_focal_loss is False, and transformers' RT-DETR processor takes the softmax of such scores "
+            "over the pictures of a batch; only models trained with a focal loss can be measured."
+        )
     results = processor.post_process_object_detection(outputs, **options)
     return [
         {name: value.cpu() for name, value in result.items() if isinstance(value, torch.Tensor)} for result in results
