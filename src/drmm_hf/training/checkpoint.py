@@ -240,7 +240,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     saved_by = _read_record(folder)["processes"]
     if saved_by != accelerator.num_processes:
         accelerator.print(
-            f"{folder} was saved by {saved_by} processes and goes on with {accelerator.num_processes}: weights, "
+            f"{folder} was saved with num_processes {saved_by} and goes on with {accelerator.num_processes}: weights, "
             "optimizer, average and progress are exact; random numbers are not, and the rest of the epoch in progress "
             "has other pictures"
         )
