@@ -25,7 +25,7 @@ ALLOWED = {
         "benchmarks",
     },
     "benchmarks": {"modeling", "data", "evaluation", "training", "conversion", "export", "visualization"},
-    "training": {"modeling", "data", "evaluation", "conversion"},
+    "training": {"modeling", "data", "evaluation", "conversion", "visualization"},
     "evaluation": {"data"},
     "conversion": {"modeling"},
     "export": {"modeling"},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from drmm_hf import DrmmForObjectDetection
@@ -112,8 +113,8 @@ def test_a_killed_run_resumes_bit_by_bit(tiny_recipe, tmp_path, monkeypatch, kil
     options = {"save_every_steps": 1, "ema_decay": 0.9, "num_workers": num_workers, "evaluate_every": 1}
     whole = train(tiny_recipe(output_dir=str(tmp_path / "whole"), **options))
 
-    def save_then_kill(accelerator, output_dir, model, processor, progress, keep_last):
-        save_checkpoint(accelerator, output_dir, model, processor, progress, keep_last)
+    def save_then_kill(accelerator, output_dir, model, processor, progress, keep_last, raw_model):
+        save_checkpoint(accelerator, output_dir, model, processor, progress, keep_last, raw_model)
         if progress.step == killed_at:
             with (output_dir / "log.jsonl").open("a") as file:  # what the dead run logged after its checkpoint
                 file.write(json.dumps({"step": killed_at + 1, "loss": 0.0}) + '\n{"step": ')
@@ -276,6 +277,8 @@ def test_what_a_run_leaves_behind(tiny_recipe, tmp_path):
     }
     assert metrics["AP"] == [row for row in rows(run) if "AP" in row][-1]["AP"]
     assert list((run / "tensorboard").rglob("events.*"))
+    with Image.open(run / "first_batches.jpg") as picture:
+        assert picture.width > 64
     (manifest,) = json.loads((run / "manifest.json").read_text())
     assert (manifest["step"], manifest["processes"], manifest["data"]["train"]["num_images"]) == (0, 1, 10)
     for name in ("best", "last"):

@@ -52,6 +52,7 @@ class DataArguments:
         crop_short_edges (`list[int]`): Shorter sides of a picture before its crop in the preset `paper`, pixels.
         crop_sizes (`list[int]`): Shortest and longest side of that crop, pixels.
         colour_distortion (`float`): Probability of random brightness, contrast, saturation and hue.
+        group_by_aspect_ratio (`bool`): Whether to put pictures of like shape into a batch, which saves padding.
         bbox_format (`str`, *optional*): `xywh`, `xyxy` or `cxcywh`, for Hub data whose boxes do not prove theirs.
         invalid_boxes (`str`): What to do about boxes without area inside their picture: `error` or `skip`.
         num_workers (`int`): Processes that load and augment pictures, for each training process.
@@ -78,6 +79,7 @@ class DataArguments:
     crop_short_edges: list[int] = field(default_factory=lambda: [400, 500, 600])
     crop_sizes: list[int] = field(default_factory=lambda: [384, 600])
     colour_distortion: float = 0.0
+    group_by_aspect_ratio: bool = False
     bbox_format: Literal["xywh", "xyxy", "cxcywh"] | None = None
     invalid_boxes: Literal["error", "skip"] = "error"
     num_workers: int = 2

@@ -181,6 +181,7 @@ def training_loader(
         training.batch_size,
         num_workers=data.num_workers,
         pin_memory=torch.cuda.is_available(),
+        group_by_aspect_ratio=data.group_by_aspect_ratio,
     )
     loader.worker_init_fn = ignore_signals
     loader.generator = torch.Generator()  # its own: starting an epoch must not draw from the model's

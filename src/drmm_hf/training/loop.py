@@ -26,9 +26,10 @@ from ..evaluation.evaluate import category_of_label, measure
 from ..evaluation.predict import predict
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
+from ..visualization.batch_pictures import save_augmented_pictures
 from .arguments import Recipe, TrainingArguments, changed_fields, load_recipe
 from .build import build_model, load_split, training_loader
-from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, save_model
+from .checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint, save_model
 from .ema import averaged_model
 from .manifest import add_to_manifest, data_fingerprint
 from .optimizer import build_optimizer, schedule_factor, set_learning_rate
@@ -53,16 +54,31 @@ def train(recipe: Recipe) -> dict[str, Any]:
             the pictures. Found at the next log line or checkpoint; until then the weights are left as they are.
         SystemExit: If SIGTERM or SIGINT came: after the step in progress and a checkpoint, with code 143 or 130.
     """
-    began = time.perf_counter()
-    training = recipe.training
-    output_dir = Path(training.output_dir)
-    checkpoint = find_checkpoint(output_dir)
-    changes = check_run(output_dir, recipe, checkpoint)
+    output_dir = Path(recipe.training.output_dir)
     accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
-        log_with=training.trackers or None,
+        mixed_precision=recipe.training.mixed_precision,
+        log_with=recipe.training.trackers or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
+    with run_lock(accelerator, output_dir):
+        return run(recipe, accelerator, output_dir)
+
+
+def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str, Any]:
+    """Do what `train` says, in a folder that no other run uses.
+
+    Args:
+        recipe (`Recipe`): From `load_recipe`.
+        accelerator (`Accelerator`): Made for the recipe.
+        output_dir (`Path`): Folder of the run.
+
+    Returns:
+        `dict`: As `train`.
+    """
+    began = time.perf_counter()
+    training = recipe.training
+    checkpoint = find_checkpoint(output_dir, accelerator)
+    changes = check_run(output_dir, recipe, checkpoint)
     set_seed(training.seed)
 
     train_set, _ = load_split(recipe.data, "train")
@@ -103,7 +119,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if progress.step_in_epoch >= steps_per_epoch:  # resumed with larger batches
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
     accelerator.print(describe_batch(training, accelerator.num_processes))
-    output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         recipe.save(output_dir / "recipe.yaml")
         data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
@@ -111,7 +126,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
             output_dir / "manifest.json", step=progress.step, data=data, processes=accelerator.num_processes
         )
     log = Log(accelerator, output_dir, progress, total_steps, training.max_skipped_steps)
-    save = partial(save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last)
+    raw_model = None if average is None else bare_model
+    save = partial(
+        save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
+    )
 
     def evaluate() -> None:
         """Measure the weights that were just saved, unless an earlier part of the run did; keep the best."""
@@ -124,7 +142,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if progress.best_value is None or value > progress.best_value:
             progress.best_value, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
             if is_new and accelerator.is_main_process:
-                save_model(output_dir / "best", kept_model, processor)
+                save_model(output_dir / "best", kept_model, processor, raw_model)
                 mapping = category_of_label(kept_model.config, annotations["categories"])
                 measure(detections, annotations, mapping, output_dir)
         progress.evaluation_due = False
@@ -146,6 +164,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
             seen = progress.step_in_epoch * training.accumulation_steps
             rest_of_epoch = skip_first_batches(loader, seen) if seen else loader
             for batches in groups(rest_of_epoch, training.accumulation_steps):
+                if progress.step == 0 and accelerator.is_main_process:
+                    save_augmented_pictures(batches, processor, label_map.id2label, output_dir / "first_batches.jpg")
                 done = clock.fraction() if training.schedule_by == "time" else progress.step / total_steps
                 set_learning_rate(optimizer, schedule_factor(training, progress.step, done))
                 terms, images = accumulate_gradients(accelerator, model, batches, training.channels_last)
