@@ -19,7 +19,7 @@ COMMANDS = {
         "drmm train scripts/recipes/quickstart_generated.yaml --output runs/quickstart",
     ),
     "evaluate": (
-        "measure AP and ECE of a detector",
+        "measure AP, calibration, duplicates and likelihoods of a detector",
         "drmm evaluate runs/quickstart/best DATA --split val --output OUT",
     ),
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),

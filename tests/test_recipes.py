@@ -133,7 +133,7 @@ def test_pictures_are_the_papers(name):
         short_edges=[480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
         crop_short_edges=[400, 500, 600],
         crop_sizes=[384, 600],
-        invalid_boxes="skip",
+        invalid_data="skip",
     )
 
 

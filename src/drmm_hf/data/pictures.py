@@ -51,7 +51,8 @@ def displayed_size(image: Image.Image) -> tuple[int, int]:
     Returns:
         `tuple[int, int]`: Width and height in pixels.
     """
-    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+    turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # Pillow turns TIFFs itself
+    return image.size[::-1] if turned else image.size
 
 
 def inspect_picture(image: Mapping[str, Any], width: int, height: int, *, decode: bool) -> Picture:

@@ -28,7 +28,8 @@ class DataArguments:
     """Say which pictures to train and evaluate on, and how to prepare them.
 
     Args:
-        source (`str`, *optional*): COCO folder, Hub id or image folder; `generated` draws pictures of shapes instead.
+        source (`str`, *optional*): COCO, Roboflow, YOLO, Pascal VOC or image folder, or Hub id; `generated` draws
+            pictures of shapes instead.
         train_split (`str`): Name of the split to train on.
         val_split (`str`): Name of the split that chooses the best checkpoint.
         train_images (`str`, *optional*): Image folder of a json + folder pair, instead of `source` and `train_split`.
@@ -44,7 +45,8 @@ class DataArguments:
         image_size (`list[int]`): (height, width) of generated pictures; read with `source: generated` only.
         shortest_edge (`int`): Shorter side of the model input, pixels.
         longest_edge (`int`): Upper bound of its longer side, pixels.
-        augmentation (`str`): A preset of `drmm_hf.data.augmentation.build_augmentation`.
+        augmentation (`str`): A preset of `drmm_hf.data.augmentation.build_augmentation`, or a function of yours as
+            `package.module:function`.
         horizontal_flip (`float`): Probability of a left-right flip, in presets with flips.
         vertical_flip (`float`): Probability of an upside-down flip, in presets with flips.
         short_edges (`list[int]`, *optional*): Shorter sides that multi-scale presets choose from, pixels (the
@@ -52,9 +54,10 @@ class DataArguments:
         crop_short_edges (`list[int]`): Shorter sides of a picture before its crop in the preset `paper`, pixels.
         crop_sizes (`list[int]`): Shortest and longest side of that crop, pixels.
         colour_distortion (`float`): Probability of random brightness, contrast, saturation and hue.
-        group_by_aspect_ratio (`bool`): Whether to put pictures of like shape into a batch, which saves padding.
+        group_by_aspect_ratio (`bool`): Whether to put pictures of like shape into a batch, which needs less padding.
         bbox_format (`str`, *optional*): `xywh`, `xyxy` or `cxcywh`, for Hub data whose boxes do not prove theirs.
-        invalid_boxes (`str`): What to do about boxes without area inside their picture: `error` or `skip`.
+        invalid_data (`str`): What to do about bad pictures and annotations: `error`, or `skip` to leave them out and
+            say how many.
         num_workers (`int`): Processes that load and augment pictures, for each training process.
     """
 
@@ -79,9 +82,9 @@ class DataArguments:
     crop_short_edges: list[int] = field(default_factory=lambda: [400, 500, 600])
     crop_sizes: list[int] = field(default_factory=lambda: [384, 600])
     colour_distortion: float = 0.0
-    group_by_aspect_ratio: bool = False
+    group_by_aspect_ratio: bool = True
     bbox_format: Literal["xywh", "xyxy", "cxcywh"] | None = None
-    invalid_boxes: Literal["error", "skip"] = "error"
+    invalid_data: Literal["error", "skip"] = "error"
     num_workers: int = 2
 
     def __post_init__(self):

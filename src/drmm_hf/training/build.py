@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..conversion.model_source import find_source
 from ..data.augmentation import build_augmentation
-from ..data.coco import coco_paths, load_detection_dataset
+from ..data.coco import coco_paths, left_out, load_detection_dataset
 from ..data.generated import generate_shapes
 from ..data.labels import LabelMap
 from ..data.loading import DetectionDataset, data_loader
@@ -28,7 +28,7 @@ from .arguments import DataArguments, Recipe
 from .stop_request import ignore_signals
 
 
-def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mapping[str, Any]]:
+def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mapping[str, Any] | None]:
     """Load the pictures of a split and its untouched annotations.
 
     Args:
@@ -36,8 +36,8 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
         split (`str`): `train` or `val`, whatever the data set calls it.
 
     Returns:
-        `tuple`: The dataset in the canonical schema, and its COCO annotations: the content of the file if there is
-        one, else built from the dataset.
+        `tuple`: The dataset in the canonical schema, and of `val` its COCO annotations: the content of the file if
+        there is one and nothing in it was left out, else built from the dataset.
 
     Raises:
         ValueError: If the recipe does not say where the data are, or if there are no pictures.
@@ -66,12 +66,16 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
         images=images,
         annotations=annotations,
         bbox_format=data.bbox_format,
-        invalid=data.invalid_boxes,
+        invalid=data.invalid_data,
     )
     if not len(dataset):
         raise ValueError(f"split {name!r} of {source} has no pictures")
+    if split == "train":
+        return dataset, None
     paths = coco_paths(source, name, images=images, annotations=annotations)
-    return dataset, ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    if paths is None or left_out(dataset):
+        return dataset, ground_truth(dataset)
+    return dataset, load_annotations(paths[0])
 
 
 def first_rich_pictures(dataset: datasets.Dataset, count: int) -> tuple[datasets.Dataset, Mapping[str, Any]]:

@@ -276,7 +276,11 @@ def run_lock(accelerator: Accelerator, output_dir: str | Path) -> Iterator[None]
         message = broadcast_object_list([message])[0]
         if message is not None:
             raise ValueError(f"{message}: name another folder, or end that run first")
-        yield
+        try:
+            yield
+        finally:
+            if file is not None and [path.name for path in Path(output_dir).iterdir()] == ["run.lock"]:
+                shutil.rmtree(output_dir)  # the run ended before it wrote anything
 
 
 _WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # torch.save raises the last

@@ -81,8 +81,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     changes = check_run(output_dir, recipe, checkpoint)
     set_seed(training.seed)
 
-    train_set, _ = load_split(recipe.data, "train")
-    val_set, annotations = load_split(recipe.data, "val")
+    with accelerator.main_process_first():  # the others find its cache
+        train_set, _ = load_split(recipe.data, "train")
+        val_set, annotations = load_split(recipe.data, "val")
     label_map = LabelMap.from_categories(categories(train_set))
     classes = label_map if len(label_map) <= 20 else f"{len(label_map)} classes, {', '.join(label_map.names[:5])} ..."
     accelerator.print(f"{len(train_set)} training and {len(val_set)} validation pictures\n{classes}")
