@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import ConvNextConfig, ResNetConfig, SwinConfig, TimmBackboneConfig
+from transformers import AutoBackbone, ConvNextConfig, ResNetConfig, SwinConfig, TimmBackboneConfig
 
 from conftest import STAGES, random_pictures, tiny_config, tiny_resnet
 from drmm_hf.modeling.backbone import DrmmBackbone
@@ -127,6 +127,68 @@ class TestNormModes:
             if isinstance(module, nn.SyncBatchNorm):
                 assert module.training != is_within(f"{name}.", PREFIXES["resnet"][0])
                 assert module.weight.requires_grad == module.training
+
+
+class TestFolding:
+    """A ResNet without gradients folds its norms into the convolutions; with gradients it takes transformers' path."""
+
+    @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+    def test_changes_nothing_but_the_rounding(self, layer_type, dtype, tolerance):
+        backbone = self.disturbed(layer_type).to(dtype)
+        picture = random_pictures(2).to(dtype)
+        plain = AutoBackbone.from_config(backbone.network.config).to(dtype).eval()
+        plain.load_state_dict(backbone.network.state_dict())
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with context():
+                for ours, expected in zip(backbone(picture), plain(picture).feature_maps, strict=True):
+                    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * expected.max().item())
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_bfloat16_loses_as_much_as_without(self, grad):
+        backbone = self.disturbed("bottleneck")
+        with torch.set_grad_enabled(grad):
+            exact = backbone(random_pictures(2))
+            rounded = backbone.to(torch.bfloat16)(random_pictures(2).bfloat16())
+        for ours, expected in zip(rounded, exact, strict=True):
+            assert (ours - expected).abs().max() < 0.05 * expected.abs().max()
+
+    def test_follows_the_weights_and_keeps_them(self):
+        backbone = self.disturbed("basic")
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        with torch.no_grad():
+            first = backbone(random_pictures(1))
+        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+        with torch.no_grad():
+            for name, value in backbone.state_dict().items():
+                if name.endswith("running_mean"):
+                    value += 1
+        second = backbone(random_pictures(1))
+        with torch.no_grad():
+            third = backbone(random_pictures(1))
+        for old, new, folded in zip(first, second, third, strict=True):
+            assert not torch.allclose(old, new)
+            torch.testing.assert_close(folded, new, rtol=1e-4, atol=1e-4)
+
+    def test_norms_in_training_mode_update_without_gradients_too(self):
+        backbone = build("resnet", backbone_norm="train").train()
+        with torch.no_grad():
+            backbone(random_pictures(2))
+        assert all(module.running_mean.any() for module in backbone.modules() if isinstance(module, _BatchNorm))
+
+    @staticmethod
+    def disturbed(layer_type):
+        config = tiny_resnet()
+        config.layer_type = layer_type
+        torch.manual_seed(0)
+        backbone = DrmmBackbone(tiny_config(backbone_config=config)).eval()
+        for module in backbone.modules():
+            if isinstance(module, _BatchNorm):
+                for value in (module.running_var, module.weight.data):
+                    value.uniform_(0.5, 2)
+                for value in (module.running_mean, module.bias.data):
+                    value.normal_(std=0.3)
+        return backbone
 
 
 def test_timm_networks_that_are_stored_flattened_can_be_frozen():

@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoBackbone
+from transformers.models.resnet.modeling_resnet import ResNetConvLayer, ResNetShortCut
 
 
 STRIDES = (4, 8, 16, 32)
@@ -40,6 +42,27 @@ BACKBONE_STAGES = {
 UNUSED_MODULES = {"swin": lambda b: [b.swin.layernorm]}
 
 
+class FoldingConvLayer(nn.Module):
+    """A ResNet's convolution, batch norm and activation; without gradients the norm goes into the convolution.
+
+    A norm in evaluation mode scales and shifts each channel. Doing so to the weights instead of to the map saves a
+    pass over it. Nothing is stored or changed: weights may be loaded and trained at any time.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the normalised and activated convolution of `hidden_states`, `(B, C, H, W)`."""
+        convolution, norm = self.convolution, self.normalization
+        if norm.training or torch.is_grad_enabled():
+            hidden_states = norm(convolution(hidden_states))
+        else:
+            dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+            scale = norm.weight.to(dtype) * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+            weight = (convolution.weight * scale[:, None, None, None]).to(convolution.weight.dtype)
+            bias = (norm.bias - norm.running_mean * scale).to(weight.dtype)
+            hidden_states = F.conv2d(hidden_states, weight, bias, convolution.stride, convolution.padding)
+        return self.activation(hidden_states) if hasattr(self, "activation") else hidden_states
+
+
 class DrmmBackbone(nn.Module):
     """Extract four feature maps; freeze the first stages and fix the batch norms as the config says.
 
@@ -66,6 +89,12 @@ class DrmmBackbone(nn.Module):
                 f"freeze_backbone_stages={self.num_frozen_stages} needs to know the stages of the backbone "
                 f"{self.model_type!r}; known are {sorted(BACKBONE_STAGES)}."
             )
+        if self.model_type == "resnet":
+            for module in self.network.modules():
+                if isinstance(module, (ResNetConvLayer, ResNetShortCut)):
+                    module.__class__ = FoldingConvLayer
+                elif isinstance(module, nn.ReLU):
+                    module.inplace = True  # it overwrites a sum or a norm's output, which nothing else reads
         self.train(self.training)
 
     @property
@@ -100,7 +129,8 @@ class DrmmBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Return the maps at strides 4, 8, 16, 32, each of shape `(B, C_l, H / stride, W / stride)`."""
-        maps = list(self.network(pixel_values).feature_maps)
+        # Convolutions keep this layout and run faster in it; pooling reads the maps as rows of channels.
+        maps = list(self.network(pixel_values.contiguous(memory_format=torch.channels_last)).feature_maps)
         if not torch.compiler.is_compiling():
             height, heights = pixel_values.shape[-2], [level_map.shape[-2] for level_map in maps]
             if any(h not in (height // s, -(-height // s)) for h, s in zip(heights, STRIDES, strict=True)):
