@@ -29,6 +29,7 @@ from drmm_hf.training.checkpoint import (
     save_checkpoint,
     save_model,
     start_folder,
+    write_text,
 )
 
 
@@ -72,6 +73,16 @@ def step_of(folder):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_small_file_is_never_half_there(tmp_path, monkeypatch):
+    write_text(tmp_path / "log", "one\n")
+    write_text(tmp_path / "log", "two\n")
+    assert names(tmp_path) == ["log"] and (tmp_path / "log").read_text() == "two\n"
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: 1 / 0)  # killed just before
+    with pytest.raises(ZeroDivisionError):
+        write_text(tmp_path / "log", "three\n")
+    assert (tmp_path / "log").read_text() == "two\n"
 
 
 def test_a_folder_appears_only_when_finished(tmp_path):

@@ -117,6 +117,9 @@ def send_at(number, at_event, place):
         if event in FILE_EVENTS and os.getpid() == process and str(arguments[0]).startswith(place):
             count += 1
             if count == at_event:
+                if event == "open" and "w" in str(arguments[1]) and number == signal.SIGKILL:
+                    with suppress(FileNotFoundError):
+                        os.truncate(arguments[0], 0)  # just after opening it, rather: what was there is gone
                 os.kill(process, number)
 
     sys.addaudithook(hook)
@@ -258,6 +261,16 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(server, whole, 
 def test_so_do_two_processes_that_are_killed_together(server, whole_of_two):
     server.train_and_kill("killed, two processes", moments(20, 2), processes=2)
     assert_same(results(server.folder / "killed, two processes"), whole_of_two)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "log.jsonl", "results.csv"])
+def test_so_does_a_run_killed_as_it_opens_a_file_to_write(server, whole, name):
+    """Once it has a checkpoint: at the first and the second operation on the file, of one process after another."""
+    assert server.train(f"killed in {name}", at_event=1, inside="step-00000003") == [-signal.SIGKILL], server.output()
+    for event in (1, 2, 1):
+        server.train(f"killed in {name}", at_event=event, inside=name)
+    assert server.train(f"killed in {name}") == [0], server.output()
+    assert_same(results(server.folder / f"killed in {name}"), whole)
 
 
 @pytest.mark.parametrize(("inside", "event"), [("best.partial", 1), ("results.csv", 2)])

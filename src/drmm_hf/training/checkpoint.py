@@ -82,6 +82,18 @@ class Progress:
             setattr(self, name, value)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file that is always whole: aside, then renamed. A kill leaves the earlier one.
+
+    Args:
+        path (`str` or `Path`): The file.
+        text (`str`): Its contents.
+    """
+    partial_file = _partial(path)
+    partial_file.write_text(text)
+    os.replace(partial_file, path)
+
+
 def start_folder(path: str | Path) -> Path:
     """Make an empty folder beside a folder's final place, to write into.
 
