@@ -65,6 +65,20 @@ def test_each_stage_starts_from_the_boxes_of_the_one_before():
     torch.testing.assert_close(last, features)
 
 
+@pytest.mark.parametrize("decoder_type", ["sparse_rcnn", "adamixer"])
+def test_all_stages_read_one_table_and_a_plain_list_gives_the_same(decoder_type):
+    _, decoder = build(decoder_type=decoder_type, neck_type="fpn")
+    maps, boxes, features = inputs()
+    seen = []
+    for layer in decoder.layers:
+        layer.stage.register_forward_hook(lambda _, arguments, output: seen.append((*arguments, output)))
+    decoder(maps, boxes, features)
+    assert len({id(arguments[0].table) for arguments in seen}) == 1 and len(seen) == 3
+    for layer, (given, *arguments, output) in zip(decoder.layers, tuple(seen), strict=True):
+        assert all(ours is value for ours, value in zip(given, maps, strict=True))
+        torch.testing.assert_close(layer.stage(maps, *arguments), output)
+
+
 class TestSelection:
     @pytest.mark.parametrize(("last_stage", "counts"), [(True, [7, 4, 2]), (False, [7, 4, 4])])
     def test_number_of_queries_after_each_stage(self, last_stage, counts):

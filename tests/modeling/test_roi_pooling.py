@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.ops import roi_align
 
-from drmm_hf.modeling.roi_pooling import pool_regions, roi_levels
+from drmm_hf.modeling.roi_pooling import FeatureMaps, pool_regions, roi_levels
 
 
 STRIDES = (4, 8, 16, 32)
@@ -105,6 +105,20 @@ def test_edge_cases_on_maps_of_every_size(height, width, dtype, tolerance):
     ours = pool_regions(maps, boxes, STRIDES, 7, 2, 56)
     torch.testing.assert_close(ours, pool_with_torchvision(maps, boxes, 7, 2), rtol=tolerance, atol=tolerance)
     assert not ours[0, 2].any() and not ours[0, 5].any()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_table_holds_every_cell_where_its_sizes_say(layout):
+    maps = [level_map.detach().contiguous(memory_format=layout) for level_map in pyramid(height=40, width=70)]
+    table = FeatureMaps(maps, torch.float32)
+    assert list(table) == maps and table.table.dtype == torch.float32
+    assert len(table.table) == sum(level_map[:, 0].numel() for level_map in maps)
+    sizes = torch.stack([table.starts, table.heights, table.widths], dim=1).tolist()
+    for level_map, (start, height, width) in zip(maps, sizes, strict=True):
+        assert level_map.shape[-2:] == (height, width)
+        for image, row, column in ((0, 0, 0), (1, height - 1, width - 1), (1, height // 2, width // 3)):
+            cell = table.table[start + (image * height + row) * width + column]
+            assert torch.equal(cell, level_map[image, :, row, column].float())
 
 
 def test_each_picture_is_pooled_from_its_own_maps():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .backbone import STRIDES
 from .boxes import xyxy_to_xyzr
 from .query_layers import DrmmSelfAttention, FeedForward, linear_in, overlap_bias
-from .roi_pooling import image_of_row
+from .roi_pooling import as_feature_maps, image_of_row, per_level
 
 
 def position_embedding(xyzr: Tensor, num_features: int) -> Tensor:
@@ -48,7 +48,7 @@ def sample_maps(maps: list[Tensor], points: Tensor, strides: tuple[int, ...]) ->
     channels times levels is ever kept. Outside a map is 0.
 
     Args:
-        maps (`list[torch.Tensor]`): maps of shape `(B, C, H_l, W_l)`, finest first.
+        maps (`list[torch.Tensor]`): maps of shape `(B, C, H_l, W_l)`, finest first; best as `FeatureMaps`.
         points (`torch.Tensor` of shape `(B * G, K, groups, P, 3)`): from `sample_points`, G rows a picture; group g of
             points reads the g-th of as many groups of channels.
         strides (`tuple[int, ...]`): pixels per cell of each map.
@@ -59,29 +59,24 @@ def sample_maps(maps: list[Tensor], points: Tensor, strides: tuple[int, ...]) ->
     Source: AdaMixer's 3-D feature sampling. A level of stride s weighs exp(-(z - log2 s)^2 / 2), normalised over the
     levels.
     """
+    maps = as_feature_maps(maps, points.dtype)
     batch, channels = maps[0].shape[:2]
     rows, _, groups, _, _ = points.shape
-    cells = [level_map.flatten(2).transpose(1, 2).reshape(-1, channels // groups) for level_map in maps]
-    table = torch.cat(cells).to(points.dtype)
-
-    def per_level(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=points.device)
-
-    heights, widths = per_level([m.shape[-2] for m in maps]), per_level([m.shape[-1] for m in maps])
-    starts = per_level([sum(batch * m.shape[-2] * m.shape[-1] for m in maps[:level]) for level in range(len(maps))])
-    stride = per_level(list(strides)).to(points.dtype)
+    heights, widths = maps.heights, maps.widths
+    stride = per_level(strides, points.device).to(points.dtype)
 
     x, y, z = points[..., None].unbind(-2)
     level_weight = F.softmax(-((z - stride.log2()) ** 2) / 2, dim=-1)
     column, column_weight = _neighbours(x / stride - 0.5, widths)
     row, row_weight = _neighbours(y / stride - 0.5, heights)
-    image = image_of_row(rows, batch, points.device)[:, None, None, None, None] * heights * widths + starts
+    image = image_of_row(rows, batch, points.device)[:, None, None, None, None] * heights * widths + maps.starts
     group = torch.arange(groups, device=points.device)[:, None, None, None, None]
     cell = image[..., None, None] + row[..., :, None] * widths[:, None, None] + column[..., None, :]
     index = cell * groups + group
     weight = level_weight[..., None, None] * row_weight[..., :, None] * column_weight[..., None, :]
 
     num_terms = 4 * len(maps)
+    table = maps.table.view(-1, channels // groups)
     sampled = F.embedding_bag(
         index.reshape(-1, num_terms), table, mode="sum", per_sample_weights=weight.reshape(-1, num_terms)
     )

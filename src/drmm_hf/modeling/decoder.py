@@ -8,6 +8,7 @@ from .adamixer_stage import AdaMixerStage
 from .boxes import BoxPredictions
 from .heads import HEADS
 from .mixture import MixtureParameters, take_components
+from .roi_pooling import FeatureMaps
 from .sparse_rcnn_stage import SparseRcnnStage
 
 
@@ -63,7 +64,7 @@ class DrmmDecoder(nn.Module):
             `tuple`: last features and the predictions of every stage. Boxes are detached between stages, features are
             not; the initial boxes learn through the first stage's predictions.
         """
-        stages = []
+        maps, stages = FeatureMaps(maps, boxes.dtype), []
         for layer, num_kept in zip(self.layers, self.config.queries_per_stage, strict=True):
             features, predictions = layer(features, maps, boxes)
             if num_kept < predictions.boxes.shape[1]:

@@ -2,13 +2,50 @@
 
 Every pooled value is a weighted sum of map cells: 4 neighbours of each sample of a bin. Indices and weights have a
 closed form in the boxes, which carry no gradient here, so forward and backward are a single `embedding_bag` over the
-flattened maps: exact to `torchvision.ops.roi_align(aligned=True)`, without data-dependent shapes and without
+table of all cells: exact to `torchvision.ops.roi_align(aligned=True)`, without data-dependent shapes and without
 torchvision's serial CPU backward.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class FeatureMaps(list):
+    """Maps of shape `(B, C, H_l, W_l)`, finest first, that carry all their cells as the rows of one table.
+
+    The decoder builds it once for its stages: a table a stage costs time and, where points have gradients, memory.
+
+    Args:
+        maps (`list[torch.Tensor]`): the maps.
+        dtype (`torch.dtype`): type of the table, that of the boxes: bfloat16 would round bilinear weights, and the
+            sums of the backward, to 8 bits.
+
+    Attributes:
+        table (`torch.Tensor` of shape `(sum of B * H_l * W_l, C)`): level by level, picture by picture, row by row.
+        heights (`torch.Tensor` of shape `(L,)`): cells of each map from top to bottom, int64.
+        widths (`torch.Tensor` of shape `(L,)`): from left to right.
+        starts (`torch.Tensor` of shape `(L,)`): row of the table where each level starts.
+    """
+
+    def __init__(self, maps: list[Tensor], dtype: torch.dtype):
+        super().__init__(maps)
+        self.table = torch.cat([level_map.permute(0, 2, 3, 1).flatten(0, 2) for level_map in maps]).to(dtype)
+        shapes, device = [level_map.shape for level_map in maps], self.table.device
+        counts = [batch * height * width for batch, _, height, width in shapes]
+        self.heights = per_level([shape[2] for shape in shapes], device)
+        self.widths = per_level([shape[3] for shape in shapes], device)
+        self.starts = per_level([sum(counts[:level]) for level in range(len(maps))], device)
+
+
+def as_feature_maps(maps: list[Tensor], dtype: torch.dtype) -> FeatureMaps:
+    """Return the maps with their table, which a plain list of maps gets here, in `dtype`."""
+    return maps if isinstance(maps, FeatureMaps) else FeatureMaps(maps, dtype)
+
+
+def per_level(values: list[int], device: torch.device) -> Tensor:
+    """Return one int64 number a level, `(L,)`: filled on the device, so that it neither waits nor fixes a size."""
+    return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
 
 
 def roi_levels(boxes: Tensor, num_levels: int, base: float) -> Tensor:
@@ -36,7 +73,7 @@ def pool_regions(
     """Pool a `size` x `size` grid of features for every box from its level.
 
     Args:
-        maps (`list[torch.Tensor]`): pyramid maps of shape `(B, C, H_l, W_l)`, finest first.
+        maps (`list[torch.Tensor]`): pyramid maps of shape `(B, C, H_l, W_l)`, finest first; best as `FeatureMaps`.
         boxes (`torch.Tensor` of shape `(B * G, K, 4)`): xyxy, pixels of the model input, G rows a picture; detached.
         strides (`tuple[int, ...]`): pixels per cell of each map.
         size (`int`): bins along a side.
@@ -49,29 +86,20 @@ def pool_regions(
     Source: RoIAlign, half-pixel aligned, average over the samples.
     """
     boxes = boxes.detach()
+    maps = as_feature_maps(maps, boxes.dtype)
     batch, channels = maps[0].shape[:2]
     levels = roi_levels(boxes, len(maps), level_base)
-    # In the type of the boxes: bfloat16 would round the weights, and the sums of the backward, to 8 bits.
-    cells = [level_map.flatten(2).transpose(1, 2).reshape(-1, channels) for level_map in maps]
-    table = torch.cat(cells).to(boxes.dtype)
-
-    heights, widths, offsets, total = [], [], [], 0
-    for level_map in maps:
-        heights.append(level_map.shape[-2])
-        widths.append(level_map.shape[-1])
-        offsets.append(total)
-        total += batch * heights[-1] * widths[-1]
     level_of = levels.clamp(min=0)
-    height, width, offset, stride = (
-        torch.tensor(values, device=boxes.device)[level_of][..., None, None]
-        for values in (heights, widths, offsets, strides)
+    height, width, start, stride = (
+        values[level_of][..., None, None]
+        for values in (maps.heights, maps.widths, maps.starts, per_level(strides, boxes.device))
     )
 
     scaled = boxes / stride.squeeze(-1) - 0.5
     column, column_weight = _axis_samples(scaled[..., 0], scaled[..., 2], width, size, sampling_ratio)
     row, row_weight = _axis_samples(scaled[..., 1], scaled[..., 3], height, size, sampling_ratio)
 
-    image = image_of_row(len(boxes), batch, boxes.device)[:, None, None, None] * height * width + offset
+    image = image_of_row(boxes.shape[0], batch, boxes.device)[:, None, None, None] * height * width + start
     row = (row * width + image)[..., :, None, :, None]
     index = row + column[..., None, :, None, :]
     weight = row_weight[..., :, None, :, None] * column_weight[..., None, :, None, :]
@@ -79,7 +107,7 @@ def pool_regions(
 
     num_terms = index.shape[-1] * index.shape[-2]
     pooled = F.embedding_bag(
-        index.reshape(-1, num_terms), table, mode="sum", per_sample_weights=weight.reshape(-1, num_terms)
+        index.reshape(-1, num_terms), maps.table, mode="sum", per_sample_weights=weight.reshape(-1, num_terms)
     )
     return pooled.view(*boxes.shape[:2], size * size, channels)
 
