@@ -225,8 +225,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         metrics = json.loads((output_dir / "metrics.json").read_text())
         summary = {name: value for name, value in metrics.items() if not isinstance(value, (dict, list))} | summary
         (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    accelerator.end_training()
-    return broadcast_object_list([summary])[0]
+    (summary,) = broadcast_object_list([summary])
+    accelerator.end_training()  # the processes part
+    return summary
 
 
 def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list[str]:
