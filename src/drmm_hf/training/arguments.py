@@ -21,6 +21,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..modeling.configuration_drmm import DrmmConfig
+from .checkpoint import write_text
 
 
 @dataclass(kw_only=True)
@@ -262,7 +263,7 @@ class Recipe:
             "data": dataclasses.asdict(self.data),
             "training": dataclasses.asdict(self.training),
         }
-        Path(path).write_text(yaml.dump(sections, Dumper=_RecipeDumper, sort_keys=False))
+        write_text(path, yaml.dump(sections, Dumper=_RecipeDumper, sort_keys=False))
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:

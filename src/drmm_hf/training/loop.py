@@ -29,7 +29,7 @@ from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..visualization.batch_pictures import save_augmented_pictures
 from .arguments import Recipe, TrainingArguments, changed_fields, load_recipe
 from .build import build_model, load_split, training_loader
-from .checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint, save_model
+from .checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint, save_model, write_text
 from .ema import averaged_model
 from .manifest import add_to_manifest, data_fingerprint
 from .optimizer import build_optimizer, schedule_factor, set_learning_rate
@@ -150,6 +150,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         clock.read()
         if is_new:
             log.write_evaluation(metrics)
+        else:
+            log.write_table()
 
     def is_over() -> bool:
         impatient = progress.evaluations_since_best >= (training.patience or math.inf)
@@ -160,7 +162,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         if progress.evaluation_due:
             with stop.at_once():
                 evaluate()
-        while not (is_over() or stop.number):
+        while not (is_over() or stop.came()):
             loader.set_epoch(progress.epoch)
             seen = progress.step_in_epoch * training.accumulation_steps
             rest_of_epoch = skip_first_batches(loader, seen) if seen else loader
@@ -202,7 +204,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 if stops or is_over():
                     break
         log.close()
-        if stop.number:
+        if stop.came():
             accelerator.end_training()
             raise SystemExit(stop.exit_code)
 
@@ -224,7 +226,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     if accelerator.is_main_process:
         metrics = json.loads((output_dir / "metrics.json").read_text())
         summary = {name: value for name, value in metrics.items() if not isinstance(value, (dict, list))} | summary
-        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     (summary,) = broadcast_object_list([summary])
     accelerator.end_training()  # the processes part
     return summary

@@ -18,6 +18,8 @@ import datasets
 import pyarrow
 import torch
 
+from .checkpoint import write_text
+
 
 PACKAGES = (
     "drmm-hf",
@@ -56,9 +58,7 @@ def add_to_manifest(path: str | Path, **entries: Any) -> None:
         **entries,
     }
     records = json.loads(path.read_text()) if path.is_file() else []
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps([*records, record], indent=2) + "\n")
-    os.replace(aside, path)
+    write_text(path, json.dumps([*records, record], indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .arguments import TrainingArguments
-from .checkpoint import Progress
+from .checkpoint import Progress, write_text
 
 
 class Clock:
@@ -89,7 +90,7 @@ class Log:
         if accelerator.is_main_process:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= progress.step]
-            self.path.write_text("".join(kept))
+            write_text(self.path, "".join(kept))
         accelerator.init_trackers("drmm")
         self.bar = tqdm(
             total=None if math.isinf(total_steps) else total_steps,
@@ -172,8 +173,7 @@ class Log:
         values = {name: value for name, value in metrics.items() if isinstance(value, float)}
         shown = {name: values[name] for name in ("AP", "AP50", "AP75", "ECE") if name in values}
         self._write(values, {"validation": "", **shown})
-        if self.accelerator.is_main_process:
-            self._write_table()
+        self.write_table()
         self.window_started = time.perf_counter()
 
     def evaluation_at(self, step: int) -> dict[str, float] | None:
@@ -207,7 +207,10 @@ class Log:
         where = f"[{progress.seconds / 60:.1f} min] epoch {progress.epoch} step {progress.step}"
         tqdm.write("  ".join((where, *words)))
 
-    def _write_table(self) -> None:
+    def write_table(self) -> None:
+        """Write `results.csv` from `log.jsonl`."""
+        if not self.accelerator.is_main_process:
+            return
         lines, training = [], {}
         for line in map(json.loads, self.path.read_text().splitlines()):
             if "AP" in line:
@@ -215,10 +218,11 @@ class Log:
             else:
                 training = line
         columns = dict.fromkeys(name for line in lines for name in line)
-        with self.path.with_name("results.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, columns)
-            table.writeheader()
-            table.writerows(lines)
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
+        write_text(self.path.with_name("results.csv"), text.getvalue())
 
     def _report_skipped(self, skipped: list[bool]) -> None:
         progress = self.progress

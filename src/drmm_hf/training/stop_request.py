@@ -68,12 +68,12 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Leave at once if a signal comes, where nothing would be lost.
+        """Leave at once if a signal comes, where nothing would be lost; one of several processes may not.
 
         Raises:
             SystemExit: With `exit_code`.
         """
-        self.leaves_at_once = True
+        self.leaves_at_once = self.accelerator.num_processes == 1
         try:
             yield
         finally:
