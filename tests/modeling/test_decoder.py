@@ -12,7 +12,11 @@ def build(**overrides):
     torch.manual_seed(0)
     config = tiny_config(num_stages=3, **overrides)
     config._attn_implementation = "sdpa"
-    return config, DrmmDecoder(config).eval()
+    decoder = DrmmDecoder(config).eval()
+    for layer in decoder.layers:
+        if getattr(layer.stage, "iof_scale", None) is not None:  # a bare parameter, which only a whole model initialises
+            torch.nn.init.uniform_(layer.stage.iof_scale)
+    return config, decoder
 
 
 def inputs(seed=0):
