@@ -14,7 +14,7 @@ def build(**overrides):
     config._attn_implementation = "sdpa"
     decoder = DrmmDecoder(config).eval()
     for layer in decoder.layers:
-        if getattr(layer.stage, "iof_scale", None) is not None:  # a bare parameter, which only a whole model initialises
+        if getattr(layer.stage, "iof_scale", None) is not None:  # only a whole model initialises it
             torch.nn.init.uniform_(layer.stage.iof_scale)
     return config, decoder
 
