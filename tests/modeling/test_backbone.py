@@ -218,3 +218,15 @@ class TestErrors:
         DrmmBackbone(tiny_config(backbone_config=config))
         with pytest.raises(ValueError, match="freeze_backbone_stages=1 .* 'convnextv2'; known are .*'resnet'"):
             DrmmBackbone(tiny_config(backbone_config=config, freeze_backbone_stages=1))
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_only_inference_brings_pictures_into_channels_last(with_gradients):
+    """On CPUs the backward pass of an 8-channel 1x1 convolution of stride 2 writes beyond its memory in that order."""
+    backbone, seen = DrmmBackbone(tiny_config()), []
+    backbone.network.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    with torch.set_grad_enabled(with_gradients):
+        backbone(torch.randn(1, 3, 64, 96))
+    assert seen == [not with_gradients]

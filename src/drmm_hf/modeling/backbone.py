@@ -129,8 +129,11 @@ class DrmmBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Return the maps at strides 4, 8, 16, 32, each of shape `(B, C_l, H / stride, W / stride)`."""
-        # Convolutions keep this layout and run faster in it; pooling reads the maps as rows of channels.
-        maps = list(self.network(pixel_values.contiguous(memory_format=torch.channels_last)).feature_maps)
+        if not torch.is_grad_enabled():
+            # Convolutions keep this layout and run faster in it; pooling reads the maps as rows of channels. With
+            # gradients it gained nothing, and on CPUs the backward of a strided convolution of 8 channels crashes.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        maps = list(self.network(pixel_values).feature_maps)
         if not torch.compiler.is_compiling():
             height, heights = pixel_values.shape[-2], [level_map.shape[-2] for level_map in maps]
             if any(h not in (height // s, -(-height // s)) for h, s in zip(heights, STRIDES, strict=True)):
