@@ -1,5 +1,7 @@
 """Backbones of four families: strides, freezing by module, batch-norm modes."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -198,6 +200,38 @@ def test_timm_networks_that_are_stored_flattened_can_be_frozen():
     trainable = {name.split(".")[1] for name, value in backbone.network.named_parameters() if value.requires_grad}
     frozen = {name.split(".")[1] for name, value in backbone.network.named_parameters() if not value.requires_grad}
     assert frozen == {"stem_0", "stem_1", "stages_0"} and trainable == {"stages_1", "stages_2", "stages_3"}
+
+
+@pytest.mark.parametrize("family", ["timm", "convnext"])
+class TestDepthwiseConvolutionsUnderAutocast:
+    def types(self, backbone):
+        """Return the types that depthwise convolutions of trained and of frozen stages give."""
+        found = {}
+        for module in backbone.network.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.register_forward_hook(
+                    lambda module, _, output: found.setdefault(module.weight.requires_grad, set()).add(output.dtype)
+                )
+        with torch.autocast("cpu", torch.bfloat16):
+            backbone(random_pictures())
+        return found
+
+    def test_are_float32_only_where_there_will_be_a_backward(self, family):
+        backbone = build(family, freeze_backbone_stages=1).train()
+        assert self.types(backbone) == {True: {torch.float32}, False: {torch.bfloat16}}
+        with torch.no_grad():
+            assert self.types(backbone) == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+
+    def test_a_copy_uses_its_own_weights(self, family):
+        backbone = build(family)
+        copy = deepcopy(backbone)
+        before = backbone(random_pictures())
+        with torch.no_grad():
+            for parameter in copy.parameters():
+                parameter.zero_()
+        for expected, found in zip(before, backbone(random_pictures()), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert all(level_map.abs().max() == 0 for level_map in copy(random_pictures()))
 
 
 class TestErrors:

@@ -7,9 +7,10 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from drmm_hf.modeling.roi_pooling import FeatureMaps, pool_regions, roi_levels
+from drmm_hf.modeling.roi_pooling import FeatureMaps, pool_regions, roi_levels, weighted_sums
 
 
 STRIDES = (4, 8, 16, 32)
@@ -154,3 +155,32 @@ def test_boxes_that_are_not_numbers_read_nothing():
     ours = pool_regions(maps, torch.tensor([rows], dtype=torch.float64), STRIDES, 7, 2, 56)
     assert torch.equal(ours[:, :1], pool_regions(maps, torch.tensor([[good]], dtype=torch.float64), STRIDES, 7, 2, 56))
     assert not ours[0, 1].any() and ours.isfinite().all()
+
+
+@given(
+    rows=st.integers(1, 9),
+    sums=st.integers(0, 7),
+    terms=st.integers(1, 5),
+    width=st.integers(1, 4),
+    seed=st.integers(),
+)
+def test_weighted_sums_and_their_gradients_are_those_of_embedding_bag(rows, sums, terms, width, seed):
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    index = torch.randint(0, rows, (sums, terms), generator=generator)  # with repetitions, in any order
+    table, weight, direction = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((rows, width), (sums, terms), (sums, width))
+    )
+    found = weighted_sums(table, index, weight)
+    expected = F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(sums, (table, weight), direction) for sums in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["table", "weight"])
+def test_weighted_sums_need_no_gradient_of_both(wanted):
+    inputs = {"table": torch.randn(5, 2), "weight": torch.rand(3, 4)}
+    inputs[wanted].requires_grad_()
+    weighted_sums(inputs["table"], torch.randint(0, 5, (3, 4)), inputs["weight"]).sum().backward()
+    assert {name for name, value in inputs.items() if value.grad is not None} == {wanted}

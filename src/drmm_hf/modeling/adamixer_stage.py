@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .backbone import STRIDES
 from .boxes import xyxy_to_xyzr
 from .query_layers import DrmmSelfAttention, FeedForward, linear_in, overlap_bias
-from .roi_pooling import as_feature_maps, image_of_row, per_level
+from .roi_pooling import as_feature_maps, image_of_row, per_level, weighted_sums
 
 
 def position_embedding(xyzr: Tensor, num_features: int) -> Tensor:
@@ -77,9 +77,7 @@ def sample_maps(maps: list[Tensor], points: Tensor, strides: tuple[int, ...]) ->
 
     num_terms = 4 * len(maps)
     table = maps.table.view(-1, channels // groups)
-    sampled = F.embedding_bag(
-        index.reshape(-1, num_terms), table, mode="sum", per_sample_weights=weight.reshape(-1, num_terms)
-    )
+    sampled = weighted_sums(table, index.reshape(-1, num_terms), weight.reshape(-1, num_terms))
     return sampled.view(*points.shape[:-1], channels // groups)
 
 

@@ -1,13 +1,16 @@
 """RoI pooling over all pyramid levels as one sparse linear operator.
 
 Every pooled value is a weighted sum of map cells: 4 neighbours of each sample of a bin. Indices and weights have a
-closed form in the boxes, which carry no gradient here, so forward and backward are a single `embedding_bag` over the
-table of all cells: exact to `torchvision.ops.roi_align(aligned=True)`, without data-dependent shapes and without
-torchvision's serial CPU backward.
+closed form in the boxes, which carry no gradient here, so pooling is a single `embedding_bag` over the table of all
+cells: exact to `torchvision.ops.roi_align(aligned=True)`, without data-dependent shapes and without torchvision's
+serial CPU backward.
 """
+
+import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -106,10 +109,57 @@ def pool_regions(
     weight = weight * (levels >= 0)[..., None, None, None, None]
 
     num_terms = index.shape[-1] * index.shape[-2]
-    pooled = F.embedding_bag(
-        index.reshape(-1, num_terms), maps.table, mode="sum", per_sample_weights=weight.reshape(-1, num_terms)
-    )
+    pooled = weighted_sums(maps.table, index.reshape(-1, num_terms), weight.reshape(-1, num_terms))
     return pooled.view(*boxes.shape[:2], size * size, channels)
+
+
+def weighted_sums(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Sum rows of a table with weights.
+
+    Args:
+        table (`torch.Tensor` of shape `(R, D)`): the rows.
+        index (`torch.Tensor` of shape `(N, T)`): rows of each sum, int64.
+        weight (`torch.Tensor` of shape `(N, T)`): their weights, in the type of the table.
+
+    Returns:
+        `torch.Tensor` of shape `(N, D)`, with gradients to table and weights.
+    """
+    on_cpu = table.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and index.shape[1] <= len(table):  # a sparse matrix has no more entries in a row than columns
+        return _WeightedSums.apply(table, index, weight)
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+
+
+class _WeightedSums(torch.autograd.Function):
+    """`embedding_bag` with a backward that reads memory in order; on a CPU torch's own takes several times as long."""
+
+    @staticmethod
+    def forward(ctx, table, index, weight):
+        ctx.save_for_backward(table, index, weight)
+        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        table, index, weight = ctx.saved_tensors
+        num_rows, num_terms, grad = len(table), index.shape[1], grad.contiguous()
+        to_table = to_weight = None
+        if ctx.needs_input_grad[0]:  # the transposed sum: for each row of the table, over the terms that read it
+            rows, terms = index.flatten().sort()
+            starts = torch.searchsorted(rows, torch.arange(num_rows))
+            to_table = F.embedding_bag(
+                terms // num_terms, grad, starts, mode="sum", per_sample_weights=weight.flatten()[terms]
+            )
+        if ctx.needs_input_grad[2]:  # products of gradients and rows, at the places of the indices only
+            ends, shape = torch.arange(0, index.numel() + 1, num_terms), (len(index), num_rows)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+                # Unsorted and repeated columns break an invariant, which this product does not need.
+                places = torch.sparse_csr_tensor(
+                    ends, index.flatten(), weight.flatten(), shape, check_invariants=False
+                )
+            to_weight = torch.sparse.sampled_addmm(places, grad, table.t(), beta=0).values().view_as(weight)
+        return to_table, None, to_weight
 
 
 def image_of_row(num_rows: int, num_images: int, device: torch.device) -> Tensor:
