@@ -64,7 +64,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet"))
         data = load_detection_dataset(folder, "train", bbox_format="xywh", streaming=args.streaming)
         label_map, augmentation = LabelMap.from_categories(categories(data)), build_augmentation("flip")
-        processor = DrmmImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
+        processor = DrmmImageProcessor(size={"shortest_edge": args.side, "longest_edge": args.side})
         if args.streaming:
             options = {"augmentation": augmentation, "shuffle_buffer": args.shuffle_buffer}
             loader = StreamLoader(data, label_map, processor, 8, num_workers=args.workers, **options)

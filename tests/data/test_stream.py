@@ -2,9 +2,10 @@ import json
 import random
 
 import datasets
-import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -271,16 +272,20 @@ def test_folders_stream_with_their_categories(coco_folder, content):
 def test_only_the_files_of_a_split_are_fetched(bad_folder, tmp_path_factory, monkeypatch):
     """The validation split of a source whose training split is streamed."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    source = bad_folder / "data" / "train-00000-of-00003.parquet"
-    (bad_folder / "data" / "validation-00000-of-00001.parquet").write_bytes(source.read_bytes())
+    table = pyarrow.parquet.read_table(bad_folder / "data" / "train-00000-of-00003.parquet")
+    features = datasets.Features.from_arrow_schema(table.schema)
+    bare = table.replace_schema_metadata()  # the card says what the columns are
+    pyarrow.parquet.write_table(bare, bad_folder / "data" / "validation-00000-of-00001.parquet")
     for shard in range(3):
         (bad_folder / "data" / f"train-0000{shard}-of-00003.parquet").write_bytes(b"not to be read")
-    (bad_folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
-        "  - split: validation\n    path: data/validation-*\ndataset_info:\n  splits:\n  - name: train\n"
-        "    num_examples: 12\n    num_bytes: 1\n  - name: validation\n    num_examples: 4\n    num_bytes: 1\n---\n"
-    )
+    sizes = {"train": 12, "validation": 4}
+    files = [{"split": split, "path": f"data/{split}-*"} for split in sizes]
+    counts = [{"name": split, "num_examples": size, "num_bytes": 1} for split, size in sizes.items()]
+    info = {"features": features._to_yaml_list(), "splits": counts}
+    card = yaml.dump({"configs": [{"config_name": "default", "data_files": files}], "dataset_info": info})
+    (bad_folder / "README.md").write_text(f"---\n{card}---\n")
     dataset = load_detection_dataset(bad_folder, "val", bbox_format="xywh", invalid="skip", alone=True)
-    assert np.all(np.asarray(dataset["image_id"]) == np.asarray([1, 2, 4]))
+    assert dataset["image_id"][:] == [1, 2, 4]
+    assert [record["name"] for record in categories(dataset)] == list("abcdefghij")
     with pytest.raises(Exception, match="(?i)parquet|generat"):
         load_detection_dataset(bad_folder, "val", bbox_format="xywh", invalid="skip")

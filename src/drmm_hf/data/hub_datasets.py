@@ -157,8 +157,14 @@ def _check_format(bbox_format: str | None) -> None:
 
 def _fetch(source: str, split: str) -> Dataset:
     """Fetch the files of one split; asked for a split, `datasets` fetches all of them."""
-    files = datasets.load_dataset_builder(source).config.data_files[split]
-    return datasets.load_dataset(source, data_files={split: list(files)}, split=split, verification_mode="no_checks")
+    builder = datasets.load_dataset_builder(source)
+    return datasets.load_dataset(
+        source,
+        data_files={split: list(builder.config.data_files[split])},
+        split=split,
+        features=builder.info.features,  # which the card may have, and not the files
+        verification_mode="no_checks",  # the card counts all splits
+    )
 
 
 def _read(
