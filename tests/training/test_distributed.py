@@ -31,7 +31,8 @@ from drmm_hf.training import checkpoint
 from drmm_hf.training.arguments import load_recipe
 from drmm_hf.training.build import build_model, load_split, training_loader
 from drmm_hf.training.checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint
-from drmm_hf.training.loop import accumulate_gradients, evaluate_model, groups
+from drmm_hf.training.epochs import groups
+from drmm_hf.training.loop import accumulate_gradients, evaluate_model
 
 
 def run_in_this_process(folder):

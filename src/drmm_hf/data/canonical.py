@@ -49,6 +49,7 @@ FEATURES = Features(
     }
 )
 _TABLE_FEATURES = Features({name: feature for name, feature in FEATURES.items() if name != "image"})
+_STREAM_SHARDS = 64  # parts that the processes and workers of a stream share among them
 _MAPPED_ABOVE = 2**24  # bytes; smaller tables stay in memory and leave no file behind
 
 
@@ -149,6 +150,20 @@ def dataset_info(
     records = [{"id": int(record["id"]), "name": str(record["name"])} for record in categories]
     description = {"categories": records} | ({"left_out": left_out} if left_out else {})
     return DatasetInfo(description=json.dumps(description), features=FEATURES)
+
+
+def canonical_stream(dataset: Dataset) -> datasets.IterableDataset:
+    """Read a canonical dataset as a stream.
+
+    Args:
+        dataset (`Dataset`): A dataset of this package.
+
+    Returns:
+        `IterableDataset`: Its rows in up to 64 shards, with its categories.
+    """
+    stream = dataset.to_iterable_dataset(num_shards=max(1, min(_STREAM_SHARDS, len(dataset))))
+    stream.info.description = dataset.info.description  # which `datasets` leaves behind
+    return stream
 
 
 # From records to a table ---------------------------------------------------------------------------------------------

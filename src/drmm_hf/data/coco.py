@@ -26,6 +26,7 @@ from .canonical import (
     Records,
     annotation_dataset,
     canonical_dataset,
+    canonical_stream,
     categories,
     dataset_info,
     leaves_folder,
@@ -59,7 +60,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Reader = Callable[[Problems], Dataset]
-_STREAM_SHARDS = 64  # parts that the workers of a stream share among them
 
 
 def load_coco(
@@ -94,6 +94,8 @@ def load_detection_dataset(
     bbox_format: BoxFormat | None = None,
     invalid: Literal["error", "skip"] = "error",
     streaming: bool = False,
+    problems: Problems | None = None,
+    alone: bool = False,
 ) -> Dataset | IterableDataset:
     """Load one split of a detection dataset, whatever it is stored as.
 
@@ -118,6 +120,10 @@ def load_detection_dataset(
             `drmm doctor` decodes all pictures.
         streaming (`bool`): Whether to return an `IterableDataset`, which reads from the Hub as it goes and whose
             `state_dict` holds its position.
+        problems (`Problems`, *optional*): Where a stream records what it leaves out as it goes; otherwise each is
+            logged.
+        alone (`bool`): Whether to fetch nothing but this split of a `datasets` source. The categories must then be a
+            `ClassLabel` or given.
 
     Returns:
         `Dataset` or `IterableDataset`: One row an image with `FEATURES`.
@@ -135,14 +141,15 @@ def load_detection_dataset(
         _, readers = _folder_splits(Path(source), images, categories, bbox_format)
     if readers is None and streaming:
         split = resolve_split(split, datasets.get_dataset_split_names(str(source)), source)
-        return hub_stream(str(source), split, categories, bbox_format, invalid)
+        return hub_stream(str(source), split, categories, bbox_format, invalid, problems)
+    if readers is None and alone:
+        split = resolve_split(split, datasets.get_dataset_split_names(str(source)), source)
+        readers = hub_splits(str(source), categories, bbox_format, split)
     if readers is None:
         readers = hub_splits(str(source), categories, bbox_format)
     split = resolve_split(split, readers, source)
     dataset = _load(readers[split], f"{source}, split {split}", invalid)
-    if not streaming:
-        return dataset
-    return dataset.to_iterable_dataset(num_shards=max(1, min(_STREAM_SHARDS, len(dataset))))
+    return canonical_stream(dataset) if streaming else dataset
 
 
 def find_splits(

@@ -26,7 +26,10 @@ _EVIDENCE_ROWS = 256  # rows of a stream that must prove the box format
 
 
 def hub_splits(
-    source: str, given: Iterable[Mapping[str, Any]] | None = None, bbox_format: BoxFormat | None = None
+    source: str,
+    given: Iterable[Mapping[str, Any]] | None = None,
+    bbox_format: BoxFormat | None = None,
+    alone: str | None = None,
 ) -> dict[str, Callable[[Problems], Dataset]]:
     """Find the splits of a dataset that `datasets` loads.
 
@@ -34,6 +37,7 @@ def hub_splits(
         source (`str`): What `datasets.load_dataset` takes: a Hub id or a folder.
         given (`Iterable[Mapping]`, *optional*): Categories, where the category column is no `ClassLabel`.
         bbox_format (`str`, *optional*): Format of the boxes; proven by themselves where it is None.
+        alone (`str`, *optional*): Name of the only split to fetch.
 
     Returns:
         `dict`: Split -> function that reads it.
@@ -42,7 +46,7 @@ def hub_splits(
         ValueError: If the box format is unknown.
     """
     _check_format(bbox_format)
-    splits = datasets.load_dataset(source)
+    splits = datasets.load_dataset(source) if alone is None else {alone: _fetch(source, alone)}
     given = None if given is None else [dict(record) for record in given]
     return {split: partial(_read, splits, split, source, given, bbox_format) for split in splits}
 
@@ -53,6 +57,7 @@ def hub_stream(
     given: Iterable[Mapping[str, Any]] | None,
     bbox_format: BoxFormat | None,
     invalid: Policy,
+    problems: Problems | None = None,
 ) -> IterableDataset:
     """Open a split as a stream of canonical rows, checked as they pass.
 
@@ -62,6 +67,7 @@ def hub_stream(
         given (`Iterable[Mapping]`, *optional*): Categories, where the category column is no `ClassLabel`.
         bbox_format (`str`, *optional*): Format of the boxes; proven by the first rows where it is None.
         invalid (`"error"` or `"skip"`): Policy. Ids that occur twice are not noticed in a stream.
+        problems (`Problems`, *optional*): Where to record what is left out; otherwise each is logged.
 
     Returns:
         `IterableDataset`: With `FEATURES`. Ids that the source lacks are hashes, equal wherever the row is read.
@@ -83,8 +89,9 @@ def hub_stream(
             place = f"{where}, row {position}"
             _add_row(images, annotations, record, record["image"], image_id, place, key, id_of, Problems())
         bbox_format = _proven(images, annotations, where)
+    check = partial(_stream_row, key=key, categories=records, id_of=id_of, box=bbox_format, where=where)
     rows = raw.map(
-        partial(_stream_row, key=key, categories=records, id_of=id_of, box=bbox_format, where=where, policy=invalid),
+        partial(check, policy=invalid, left_out=problems),
         remove_columns=[name for name in stream.features if name not in FEATURES],
     )
     if invalid == "skip":
@@ -146,6 +153,18 @@ _TO_XYWH = {
 def _check_format(bbox_format: str | None) -> None:
     if bbox_format is not None and bbox_format not in _TO_XYWH:
         raise ValueError(f"bbox_format is {bbox_format!r}, must be one of {list(_TO_XYWH)}")
+
+
+def _fetch(source: str, split: str) -> Dataset:
+    """Fetch the files of one split; asked for a split, `datasets` fetches all of them."""
+    builder = datasets.load_dataset_builder(source)
+    return datasets.load_dataset(
+        source,
+        data_files={split: list(builder.config.data_files[split])},
+        split=split,
+        features=builder.info.features,  # which the card may have, and not the files
+        verification_mode="no_checks",  # the card counts all splits
+    )
 
 
 def _read(
@@ -327,6 +346,7 @@ def _stream_row(
     box: BoxFormat,
     where: str,
     policy: Policy,
+    left_out: Problems | None,
 ) -> dict[str, Any]:
     """Check one row; what is left out has width 0."""
     image_id, problems = _stream_id(record), Problems()
@@ -337,7 +357,10 @@ def _stream_row(
         item["bbox"] = _xywh(item["bbox"], box)
         item["id"] = _number(f"{image_id}/{position}".encode()) if item["id"] is None else item["id"]
     rows = check_records(Records(where, images, annotations, categories), problems).to_pylist()
-    problems.settle(f"{where}, picture {image_id}", policy)
+    if policy == "skip" and left_out is not None:
+        left_out.merge(problems.found)
+    else:
+        problems.settle(f"{where}, picture {image_id}", policy)
     if rows:
         return {**rows[0], "image": record["image"]}
     return {"image_id": 0, "file_name": "", "image": None, "width": 0, "height": 0, "objects": []}

@@ -7,7 +7,7 @@ of workers, and a run that is resumed in the middle of an epoch sees what it wou
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
@@ -92,6 +92,33 @@ def read_image(row: Mapping[str, Any]) -> Tensor:
     return F.pil_to_tensor(load_image(row))
 
 
+def read_pair(
+    row: Mapping[str, Any], label_map: LabelMap, augmentation: Augmentation | None, key: Sequence[int]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Read a canonical row as a (picture, annotation) pair, augmented.
+
+    Args:
+        row (`Mapping`): A canonical row with its picture undecoded.
+        label_map (`LabelMap`): From category ids to class labels.
+        augmentation (`Augmentation`, *optional*): What `build_augmentation` returns.
+        key (`Sequence[int]`): What its random numbers depend on; none is negative.
+
+    Returns:
+        `tuple[Tensor, dict]`: As an item of `DetectionDataset`.
+
+    Raises:
+        ValueError: As `load_image` does, or if a category is not in the label map.
+        OSError: As `load_image` does.
+    """
+    image = read_image(row)
+    objects = [{**item, "category_id": label_map.label(item["category_id"])} for item in row["objects"]]
+    if augmentation is not None:
+        with _random_state(*key):
+            image, target = augmentation(image, _target(objects, image.shape[-2:]))
+        objects = _objects(target)
+    return image, {"image_id": row["image_id"], "annotations": objects}
+
+
 class DetectionDataset(torch.utils.data.Dataset):
     """Read (picture, annotation) pairs with class labels, ready for the image processor.
 
@@ -139,14 +166,8 @@ class DetectionDataset(torch.utils.data.Dataset):
             `tuple[Tensor, dict]`: The uint8 picture (3, height, width), and its annotation in COCO form: `image_id`
             and `annotations`, whose `category_id` is the class label and `bbox` xywh in pixels of that picture.
         """
-        row = self.dataset[index]
-        image = read_image(row)
-        objects = [{**item, "category_id": self.label_map.label(item["category_id"])} for item in row["objects"]]
-        if self.augmentation is not None:
-            with _random_state(self.seed, int(self.epoch), index):
-                image, target = self.augmentation(image, _target(objects, image.shape[-2:]))
-            objects = _objects(target)
-        return image, {"image_id": row["image_id"], "annotations": objects}
+        key = (self.seed, int(self.epoch), index)
+        return read_pair(self.dataset[index], self.label_map, self.augmentation, key)
 
 
 def data_loader(
@@ -184,12 +205,11 @@ def data_loader(
     """
     if group_by_aspect_ratio and not shuffle:
         raise ValueError("group_by_aspect_ratio is True: it needs shuffle, since it changes the order")
-    do_resize = dataset.augmentation is None or not dataset.augmentation.resizes
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=EpochSampler(dataset, shuffle, batch_size if group_by_aspect_ratio else 1),
-        collate_fn=collate(processor, do_resize),
+        collate_fn=collate(processor, dataset.augmentation is None or not dataset.augmentation.resizes),
         drop_last=drop_last,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -247,14 +267,23 @@ class EpochSampler(Sampler[int]):
         rng = np.random.default_rng([self.dataset.seed, int(self.dataset.epoch)])
         order = rng.permutation(len(self))
         if self.aspect_ratios is not None:
-            order = _grouped(order, self.aspect_ratios, self.batch_size, rng)
+            order = grouped_by_ratio(order, self.aspect_ratios, self.batch_size, rng)
         return iter(order.tolist())
 
 
-def _grouped(order: np.ndarray, ratios: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+def grouped_by_ratio(order: np.ndarray, ratios: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
     """Sort an order by ratio, a chunk of batches at a time, and shuffle the batches; the incomplete one stays last.
 
     Chunks are large enough for batches of one shape, and so many that rows meet other rows each epoch.
+
+    Args:
+        order (`np.ndarray` of shape `(N,)`): Rows in random order.
+        ratios (`np.ndarray` of shape `(M,)`): Width / height by row.
+        batch_size (`int`): Rows of a batch.
+        rng (`np.random.Generator`): Shuffles the batches.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: The same rows.
     """
     num_batches = len(order) // batch_size
     whole, rest = np.split(order, [num_batches * batch_size])

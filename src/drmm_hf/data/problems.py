@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,6 +72,17 @@ class Problems:
         entry["count"] += 1
         if self.listed is None or entry["count"] <= self.listed:
             entry["first"].append(f"{where}: {message}")
+
+    def merge(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add what was found elsewhere.
+
+        Args:
+            found (`Mapping`): `found` of other `Problems`.
+        """
+        for kind, entry in found.items():
+            own = self.found.setdefault(kind, {"count": 0, "first": []})
+            own["count"] += entry["count"]
+            own["first"] = [*own["first"], *entry["first"]][: self.listed]
 
     def __len__(self) -> int:
         """Return how many problems there are."""

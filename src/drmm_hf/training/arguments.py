@@ -60,6 +60,9 @@ class DataArguments:
         invalid_data (`str`): What to do about bad pictures and annotations: `error`, or `skip` to leave them out and
             say how many.
         num_workers (`int`): Processes that load and augment pictures, for each training process.
+        streaming (`bool`): Read training pictures one after another, from the Hub as they are needed, instead of at
+            random; where an epoch ends is then not known beforehand.
+        shuffle_buffer (`int`): Pictures of a stream that each worker holds, undecoded, and shuffles.
     """
 
     source: str | None = None
@@ -87,11 +90,13 @@ class DataArguments:
     bbox_format: Literal["xywh", "xyxy", "cxcywh"] | None = None
     invalid_data: Literal["error", "skip"] = "error"
     num_workers: int = 2
+    streaming: bool = False
+    shuffle_buffer: int = 1000
 
     def __post_init__(self):
         """Check every field."""
         check_types(self, "data")
-        for name in ("num_train_images", "num_val_images", "shortest_edge", "overfit_images"):
+        for name in ("num_train_images", "num_val_images", "shortest_edge", "overfit_images", "shuffle_buffer"):
             value = getattr(self, name)
             check(self, "data", name, value is None or value >= 1, "must be at least 1")
         check(self, "data", "holdout", self.holdout is None or 0 < self.holdout < 1, "must lie between 0 and 1")
@@ -104,6 +109,9 @@ class DataArguments:
             len(self.image_size) == 2 and min(self.image_size) >= 1,
             "must be [height, width], both at least 1",
         )
+        for name in ("holdout", "overfit_images"):
+            rule = "must not be set with data.streaming, since it chooses among all pictures"
+            check(self, "data", name, not self.streaming or getattr(self, name) is None, rule)
         for split in ("train", "val"):
             images, annotations = f"{split}_images", f"{split}_annotations"
             if (getattr(self, images) is None) != (getattr(self, annotations) is None):
@@ -251,6 +259,15 @@ class Recipe:
     model: dict[str, Any]
     data: DataArguments
     training: TrainingArguments
+
+    def __post_init__(self):
+        """Check what depends on two sections."""
+        by_steps = self.training.schedule_by == "steps" and self.training.schedule != "constant"
+        if self.data.streaming and by_steps and self.training.max_steps is None:
+            raise ValueError(
+                f"data.streaming is true, so that the number of steps in {self.training.epochs} epochs is not known: "
+                f"the schedule {self.training.schedule!r} needs training.max_steps, or schedule_by 'time'"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as yaml.

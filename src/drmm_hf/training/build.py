@@ -10,16 +10,20 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from ..conversion.model_source import find_source
 from ..data.augmentation import build_augmentation
+from ..data.canonical import canonical_stream
 from ..data.coco import coco_paths, left_out, load_detection_dataset
 from ..data.generated import generate_shapes
 from ..data.labels import LabelMap
 from ..data.loading import DetectionDataset, data_loader
+from ..data.problems import Problems
+from ..data.stream import StreamLoader
 from ..evaluation.coco_metrics import ground_truth, load_annotations
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
@@ -28,16 +32,20 @@ from .arguments import DataArguments, Recipe
 from .stop_request import ignore_signals
 
 
-def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mapping[str, Any] | None]:
+def load_split(
+    data: DataArguments, split: str, problems: Problems | None = None
+) -> tuple[datasets.Dataset | datasets.IterableDataset, Mapping[str, Any] | None]:
     """Load the pictures of a split and its untouched annotations.
 
     Args:
         data (`DataArguments`): Says where they are.
         split (`str`): `train` or `val`, whatever the data set calls it.
+        problems (`Problems`, *optional*): Where a stream records what it leaves out.
 
     Returns:
-        `tuple`: The dataset in the canonical schema, and of `val` its COCO annotations: the content of the file if
-        there is one and nothing in it was left out, else built from the dataset.
+        `tuple`: The dataset in the canonical schema, `train` as a stream with `data.streaming`, and of `val` its COCO
+        annotations: the content of the file if there is one and nothing in it was left out, else built from the
+        dataset.
 
     Raises:
         ValueError: If the recipe does not say where the data are, or if there are no pictures.
@@ -55,6 +63,8 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
     if data.source == "generated":
         count, seed = {"train": (data.num_train_images, 0), "val": (data.num_val_images, 1)}[split]
         dataset = generate_shapes(count, seed, image_size=tuple(data.image_size))
+        if data.streaming and split == "train":
+            return canonical_stream(dataset), None
         return dataset, ground_truth(dataset)
     name, images, annotations = (getattr(data, f"{split}_{what}") for what in ("split", "images", "annotations"))
     source = data.source or annotations
@@ -67,7 +77,12 @@ def load_split(data: DataArguments, split: str) -> tuple[datasets.Dataset, Mappi
         annotations=annotations,
         bbox_format=data.bbox_format,
         invalid=data.invalid_data,
+        streaming=data.streaming and split == "train",
+        problems=problems,
+        alone=data.streaming,
     )
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset, None
     if not len(dataset):
         raise ValueError(f"split {name!r} of {source} has no pictures")
     if split == "train":
@@ -155,18 +170,23 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
 
 
 def training_loader(
-    dataset: datasets.Dataset, label_map: LabelMap, processor: DrmmImageProcessor, recipe: Recipe
-) -> DataLoader:
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    label_map: LabelMap,
+    processor: DrmmImageProcessor,
+    recipe: Recipe,
+    problems: Problems | None = None,
+) -> DataLoader | StreamLoader:
     """Build the loader of augmented training batches.
 
     Args:
-        dataset (`datasets.Dataset`): Training pictures.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Training pictures.
         label_map (`LabelMap`): Category ids to labels.
         processor (`DrmmImageProcessor`): Makes pixel values and labels.
         recipe (`Recipe`): Augmentation, workers, batch size and seed.
+        problems (`Problems`, *optional*): That of `load_split`.
 
     Returns:
-        `DataLoader`: Batches of `pixel_values`, `pixel_mask` and `labels`.
+        `DataLoader`, or this process's `StreamLoader`: Batches of `pixel_values`, `pixel_mask` and `labels`.
     """
     data, training = recipe.data, recipe.training
     augmentation = build_augmentation(
@@ -179,6 +199,24 @@ def training_loader(
         crop_sizes=data.crop_sizes,
         colour_distortion=data.colour_distortion,
     )
+    if isinstance(dataset, datasets.IterableDataset):
+        processes = PartialState()
+        return StreamLoader(
+            dataset,
+            label_map,
+            processor,
+            training.batch_size,
+            augmentation=augmentation,
+            seed=training.seed,
+            shuffle_buffer=data.shuffle_buffer,
+            group_by_aspect_ratio=data.group_by_aspect_ratio,
+            num_workers=data.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_signals,
+            rank=processes.process_index,
+            num_ranks=processes.num_processes,
+            problems=problems if data.invalid_data == "skip" else None,
+        )
     loader = data_loader(
         DetectionDataset(dataset, label_map, augmentation, training.seed),
         processor,

@@ -46,6 +46,8 @@ class Progress:
         step (`int`): Optimiser steps taken.
         epoch (`int`): Epochs completed.
         step_in_epoch (`int`): Optimiser steps taken in the epoch in progress.
+        positions (`list[dict]`, *optional*): Where each process stands in its stream; None at the start of an epoch,
+            and without a stream.
         images (`int`): Pictures seen, by all processes.
         seconds (`float`): Wall clock used, evaluation included.
         best_value (`float`, *optional*): Best value of the chosen metric so far.
@@ -59,6 +61,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
+    positions: list[dict[str, Any]] | None = None
     images: int = 0
     seconds: float = 0.0
     best_value: float | None = None

@@ -6,21 +6,21 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from ..data.coco import categories
 from ..data.labels import LabelMap
+from ..data.problems import Problems
 from ..evaluation.detections import Detections
 from ..evaluation.evaluate import category_of_label, measure
 from ..evaluation.predict import predict
@@ -31,6 +31,7 @@ from .arguments import Recipe, TrainingArguments, changed_fields, load_recipe
 from .build import build_model, load_split, training_loader
 from .checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint, save_model, write_text
 from .ema import averaged_model
+from .epochs import Epochs
 from .manifest import add_to_manifest, data_fingerprint
 from .optimizer import build_optimizer, schedule_factor, set_learning_rate
 from .run_log import Clock, Log
@@ -82,11 +83,13 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     set_seed(training.seed)
 
     with accelerator.main_process_first():  # the others find its cache
-        train_set, _ = load_split(recipe.data, "train")
+        problems = Problems()  # of a stream, as it goes
+        train_set, _ = load_split(recipe.data, "train", problems)
         val_set, annotations = load_split(recipe.data, "val")
     label_map = LabelMap.from_categories(categories(train_set))
     classes = label_map if len(label_map) <= 20 else f"{len(label_map)} classes, {', '.join(label_map.names[:5])} ..."
-    accelerator.print(f"{len(train_set)} training and {len(val_set)} validation pictures\n{classes}")
+    num_train = None if recipe.data.streaming else len(train_set)
+    accelerator.print(f"{num_train or 'a stream of'} training and {len(val_set)} validation pictures\n{classes}")
 
     model, processor = build_model(recipe, label_map)
     category_of_label(model.config, annotations["categories"])  # the two splits name the same classes
@@ -100,7 +103,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     optimizer = build_optimizer(model, model.model.backbone, training)
     # Before `prepare`, which gives the model a forward that a copy would share.
     average = averaged_model(model, training.ema_decay) if training.ema_decay is not None else None
-    loader = training_loader(train_set, label_map, processor, recipe)
+    loader = training_loader(train_set, label_map, processor, recipe, problems)
     bare_model = model
     if training.compile:
         model.compile()
@@ -115,9 +118,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     elif training.resume:
         accelerator.print(f"nothing to resume in {output_dir}: starting")
     clock = Clock(accelerator, progress, training)
-    steps_per_epoch = math.ceil(len(loader) / training.accumulation_steps)
-    total_steps = min(training.max_steps or math.inf, (training.epochs or math.inf) * steps_per_epoch)
-    if progress.step_in_epoch >= steps_per_epoch:  # resumed with larger batches
+    epochs = Epochs(accelerator, loader, progress, training.accumulation_steps)
+    total_steps = min(training.max_steps or math.inf, (training.epochs or math.inf) * epochs.steps)
+    if progress.step_in_epoch >= epochs.steps:  # resumed with larger batches
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
     accelerator.print(describe_batch(training, accelerator.num_processes))
     if accelerator.is_main_process:
@@ -155,7 +158,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
 
     def is_over() -> bool:
         impatient = progress.evaluations_since_best >= (training.patience or math.inf)
-        return progress.step >= total_steps or clock.is_over() or impatient
+        streamed = epochs.streams and progress.epoch >= (training.epochs or math.inf)
+        return progress.step >= total_steps or streamed or clock.is_over() or impatient
 
     model.train()
     with StopRequest(accelerator) as stop:
@@ -163,10 +167,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
             with stop.at_once():
                 evaluate()
         while not (is_over() or stop.came()):
-            loader.set_epoch(progress.epoch)
-            seen = progress.step_in_epoch * training.accumulation_steps
-            rest_of_epoch = skip_first_batches(loader, seen) if seen else loader
-            for batches in groups(rest_of_epoch, training.accumulation_steps):
+            for batches, ends_epoch in epochs.rest():
                 if progress.step == 0 and accelerator.is_main_process:
                     save_augmented_pictures(batches, processor, label_map.id2label, output_dir / "first_batches.jpg")
                 done = clock.fraction() if training.schedule_by == "time" else progress.step / total_steps
@@ -183,7 +184,6 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 progress.step += 1
                 progress.step_in_epoch += 1
                 progress.images += images
-                ends_epoch = progress.step_in_epoch == steps_per_epoch
                 if ends_epoch:
                     progress.epoch += 1
                     progress.step_in_epoch = 0
@@ -197,6 +197,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 if saves or progress.step % training.log_every == 0:
                     log.write_training(optimizer)
                 if saves:
+                    progress.positions = epochs.positions()
                     save()
                 if progress.evaluation_due and not stops:
                     with stop.at_once():
@@ -217,7 +218,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         "skipped_steps": progress.skipped_steps,
         "training_seconds": progress.seconds,
         "seconds": progress.seconds + time.perf_counter() - clock.stopped + clock.started - began,
-        "num_training_images": len(train_set),
+        "num_training_images": num_train,
         "num_parameters": sum(parameter.numel() for parameter in kept_model.parameters()),
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
@@ -314,21 +315,6 @@ def describe_batch(training: TrainingArguments, num_processes: int) -> str:
     ratio = size / chosen_for
     rates = sorted((training.learning_rate * ratio**0.5, training.learning_rate * ratio))
     return f"{line}\nit was chosen for an effective batch of {chosen_for}; try {rates[0]:.2g} to {rates[1]:.2g}"
-
-
-def groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Group batches into the lists of one optimiser step; the last may be shorter.
-
-    Args:
-        batches (`Iterable`): Batches of an epoch.
-        size (`int`): Batches in a group.
-
-    Yields:
-        `list`: Up to `size` batches.
-    """
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group
 
 
 def loss_shares(

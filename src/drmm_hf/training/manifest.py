@@ -92,16 +92,19 @@ def git_revision(folder: str | Path = ".") -> dict[str, Any] | None:
     return {"revision": revision.strip(), "changed": bool(changes.strip())}
 
 
-def data_fingerprint(dataset: datasets.Dataset) -> dict[str, Any]:
-    """Identify a canonical dataset by its annotations.
+def data_fingerprint(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, Any]:
+    """Identify a canonical dataset by its annotations, a stream by its categories and the number of its shards.
 
     Args:
-        dataset (`datasets.Dataset`): Rows with `drmm_hf.data.coco.FEATURES`.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Rows with `drmm_hf.data.coco.FEATURES`.
 
     Returns:
         `dict`: `num_images`, `num_objects` and `sha256` of everything but the pixels: ids, file names, sizes, boxes,
-        classes and their names, in order.
+        classes and their names, in order. Of a stream `num_shards` and the `sha256` of its description.
     """
+    if isinstance(dataset, datasets.IterableDataset):
+        sha256 = hashlib.sha256(dataset.info.description.encode()).hexdigest()
+        return {"num_shards": dataset.num_shards, "sha256": sha256}
     digest, num_objects = hashlib.sha256(dataset.info.description.encode()), 0
     for table in dataset.remove_columns("image").with_format("arrow").iter(4096):
         num_objects += sum(len(objects) for objects in table["objects"])

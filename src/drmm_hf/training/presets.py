@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -38,8 +39,12 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         those of Appendix B for Sparse R-CNN. The numbers of epochs in between are judgement.
     """
     overrides = {name.replace("-", "_"): parse_value(name, value) for name, value in overrides.items()}
+    if overrides.get("streaming") and source != "generated" and not Path(source).exists():
+        raise ValueError(
+            f"{source!r} is no folder: without a recipe one is chosen from all pictures; name one to stream"
+        )
     data, notes = choose_splits(source, overrides)
-    own = {name: value for name, value in overrides.items() if name in vars(DataArguments())}
+    own = {name: value for name, value in overrides.items() if name in vars(DataArguments()) and name != "streaming"}
     loaded = make_recipe({"data": {**data, **own}, "training": {"epochs": 1}}, {}).data
     facts = describe(load_split(loaded, "train")[0])
     facts["shortest_edge"] = overrides.get("shortest_edge", facts["shortest_edge"])
