@@ -150,9 +150,7 @@ class Server:
             text=True,
         )
 
-    def train(
-        self, name, processes=1, at_event=None, number=signal.SIGKILL, inside=None, environment=None, **options
-    ):
+    def train(self, name, processes=1, at_event=None, number=signal.SIGKILL, inside=None, environment=None, **options):
         """Run `drmm train`, in the end or until its n-th operation on files (`inside` a folder of the run, or any).
 
         Returns the exit codes of its processes.

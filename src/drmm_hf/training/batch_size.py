@@ -55,12 +55,15 @@ def find_batch_size(
 
 def _fits(accelerator: Accelerator, model, optimizer, size: int, edge: int, most: int) -> bool:
     """Try in every process; whether it went well in all of them."""
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.eval()  # in training they wait for other processes; the loop sets all back to training
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     fits = True
     with torch.random.fork_rng(devices):
         try:
-            _step_twice(model, optimizer, _batch(size, edge, most, accelerator.device), accelerator.scaler)
+            _step_twice(model, optimizer.optimizer, _batch(size, edge, most, accelerator.device))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -73,16 +76,16 @@ def _fits(accelerator: Accelerator, model, optimizer, size: int, edge: int, most
     return all(gather_object([fits]))
 
 
-def _step_twice(model, optimizer, batch, scaler) -> None:
-    """Need as much memory as a run: the second backward pass has the optimiser's state and earlier gradients beside it.
+def _step_twice(model, optimizer, batch) -> None:
+    """Need as much memory as a run: the second pass has the optimiser's state and the first one's gradients beside it.
 
     The step is one whose gradient is not finite: the fused kernel makes its state and changes nothing.
     """
     for _ in range(2):
         model(**batch, output_auxiliary=False).loss.backward()
-        optimizer.optimizer.found_inf = torch.ones((), device=batch["pixel_values"].device)
-        optimizer.optimizer.step()
-    del optimizer.optimizer.found_inf
+        optimizer.found_inf = torch.ones((), device=batch["pixel_values"].device)
+        optimizer.step()
+    del optimizer.found_inf
 
 
 def _batch(size: int, edge: int, most: int, device: torch.device) -> dict:

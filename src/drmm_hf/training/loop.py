@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from ..data.coco import categories
@@ -144,7 +144,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         add_to_manifest(
             output_dir / "manifest.json", step=progress.step, data=data, processes=accelerator.num_processes
         )
-    log = Log(accelerator, output_dir, progress, total_steps, training.max_skipped_steps)
+    # DeepSpeed has stepped before we see the gradient: the first one that is not finite ends the run.
+    max_skipped = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else training.max_skipped_steps
+    log = Log(accelerator, output_dir, progress, total_steps, max_skipped)
     raw_model = None if average is None else whole_model
     save = partial(
         save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
@@ -191,7 +193,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 set_learning_rate(optimizer, schedule_factor(training, progress.step, done))
                 terms, images = accumulate_gradients(accelerator, model, batches, training.channels_last)
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
-                norm = whole_tensor(norm)
+                norm = whole_tensor(torch.as_tensor(norm, device=accelerator.device))
                 if accelerator.scaler is None:  # the fused kernel leaves the weights alone where this is 1
                     optimizer.optimizer.found_inf = (~norm.isfinite()).float()
                 optimizer.step()
@@ -403,6 +405,7 @@ def accumulate_gradients(
         if channels_last:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         last = position == len(batches) - 1
+        accelerator.sync_gradients = last  # tells DeepSpeed, which steps inside `backward`
         with nullcontext() if last else accelerator.no_sync(model):
             outputs = model(pixel_values, batch["pixel_mask"], batch["labels"], output_auxiliary=False)
             accelerator.backward(outputs.loss * shares[position])

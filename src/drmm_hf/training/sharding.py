@@ -1,4 +1,4 @@
-"""Runs whose processes hold a part of the model each (FSDP2): what works with that, and how to get the whole."""
+"""Runs whose processes share out model or optimiser (FSDP2, DeepSpeed): what works, and how to get the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from .arguments import TrainingArguments
 
 
 def check_sharding(accelerator: Accelerator, training: TrainingArguments) -> None:
-    """Refuse what would be wrong, or silently not happen, under FSDP as accelerate's config asks for it.
+    """Refuse what would be wrong, or silently not happen, with what accelerate's config asks for.
+
+    DeepSpeed steps and clips by itself: its config gets the recipe's batch size and bound of the gradient.
 
     Args:
         accelerator (`Accelerator`): Of the run.
@@ -30,19 +32,34 @@ def check_sharding(accelerator: Accelerator, training: TrainingArguments) -> Non
                 f"accelerate's config asks for {name}, which accelerate does with GPU processes of its launcher only; "
                 f"here it would be {kind.value} on {accelerator.device.type}: use a config without it"
             )
-    if kind != DistributedType.FSDP:
+    if kind == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version is {plugin.fsdp_version} in accelerate's config: it must be 2")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading is true in accelerate's config: it must be false, since accelerate "
+                "cannot shard a model with batch-norm statistics that way"
+            )
+    elif kind == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise ValueError("zero_stage is 3 in accelerate's config: it must be at most 2; FSDP2 shards the weights")
+        if training.mixed_precision != "no":
+            raise ValueError(
+                f"training.mixed_precision is {training.mixed_precision!r}: it must be 'no' with DeepSpeed, which "
+                "would keep boxes and statistics in that precision too"
+            )
+        plugin.deepspeed_config |= {
+            "gradient_accumulation_steps": 1,  # ours are weighed already
+            "gradient_clipping": training.max_grad_norm or 0.0,
+            "train_micro_batch_size_per_gpu": training.batch_size,
+        }
+    else:
         return
-    plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version is {plugin.fsdp_version} in accelerate's config: it must be 2")
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "fsdp_cpu_ram_efficient_loading is true in accelerate's config: it must be false, since accelerate "
-            "cannot shard a model with batch-norm statistics that way"
-        )
     for name in ("compile", "channels_last", "find_batch_size"):
         if getattr(training, name):
-            raise ValueError(f"training.{name} is true: it must be false with FSDP")
+            raise ValueError(f"training.{name} is true: it must be false with {kind.value}")
 
 
 @torch.no_grad()
