@@ -62,12 +62,12 @@ def test_splits_are_read_from_a_folder_with_their_untouched_annotations(tiny_rec
 def test_overfitting_takes_the_first_rich_pictures_for_both_splits(tiny_recipe, tmp_path):
     shapes = generate_shapes(30, 3, (64, 64))
     save_coco(shapes, tmp_path / "shapes", "train")
-    data = tiny_recipe(source=str(tmp_path / "shapes"), overfit_images=4).data
+    data = tiny_recipe(source=str(tmp_path / "shapes"), overfit=4).data
     rich = sorted(row["image_id"] for row in shapes if len(row["objects"]) >= 5)
     assert 4 < len(rich) < 30
     for split in ("train", "val"):
         dataset, annotations = load_split(data, split)
         assert dataset["image_id"] == rich[:4] == [image["id"] for image in annotations["images"]]
-    data.overfit_images = len(rich) + 1
-    with pytest.raises(ValueError, match=f"overfit_images is {len(rich) + 1}, but only {len(rich)} pictures"):
+    data.overfit = len(rich) + 1
+    with pytest.raises(ValueError, match=f"overfit is {len(rich) + 1}, but only {len(rich)} pictures"):
         load_split(data, "val")

@@ -29,6 +29,7 @@ from drmm_hf.evaluation.coco_metrics import ground_truth
 from drmm_hf.modeling.criteria import CRITERIA
 from drmm_hf.training import checkpoint
 from drmm_hf.training.arguments import load_recipe
+from drmm_hf.training.batch_size import find_batch_size
 from drmm_hf.training.build import build_model, load_split, training_loader
 from drmm_hf.training.checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint
 from drmm_hf.training.epochs import groups
@@ -367,6 +368,25 @@ def test_what_the_first_process_finds_is_said_in_all(both):
         assert "holds no whole checkpoint: last (weights are missing)" in damaged
 
 
+def find_while_one_is_short_of_memory(accelerator, _):
+    """Let more than 2 pictures fit into the first process only."""
+    model, optimizer = accelerator.prepare(bare := build(), torch.optim.AdamW(bare.parameters(), fused=True))
+    forward = bare.forward
+
+    def limited(pixel_values, *args, **kwargs):
+        if len(pixel_values) > 2 and not accelerator.is_main_process:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(pixel_values, *args, **kwargs)
+
+    with mock.patch.object(bare, "forward", limited):
+        training = SimpleNamespace(batch_size=2, accumulation_steps=4)
+        return find_batch_size(accelerator, bare, optimizer, training, longest_edge=64, most=3)
+
+
+def test_the_batch_size_found_is_what_fits_into_every_process(both):
+    assert both["find batch size"] == [(2, 4), (2, 4)]
+
+
 JOBS = {
     **{way: partial(gradients_of_each, **options) for way, options in WAYS.items()},
     "variants": train_each_variant,
@@ -376,6 +396,7 @@ JOBS = {
     "saved by one": load_in_each,
     **{f"disk full for {rank}": partial(save_on_a_full_disk, rank=rank) for rank in (0, 1)},
     "lock and look": lock_and_look,
+    "find batch size": find_while_one_is_short_of_memory,
 }
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@ import json
 import math
 import os
 import signal
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -359,6 +362,70 @@ def test_other_number_formats_train_alike(tiny_recipe, tmp_path, options):
         for tensor in weights(tmp_path / "run" / "best").values()
         if tensor.is_floating_point()
     )
+
+
+class RecordingTracker(GeneralTracker):
+    """Stands for a tracker whose package is not here."""
+
+    name, requires_logging_directory, made = "wandb", False, []
+
+    def __init__(self, run_name, **_):
+        super().__init__()
+        self.lines = {}
+        self.made.append(self)
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        """Take none."""
+
+    def log(self, values, step=None, **_):
+        self.lines.setdefault(step, {}).update(values)
+
+
+def test_a_tracker_gets_the_figures_of_the_log(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordingTracker, "made", made := [])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", RecordingTracker)
+    monkeypatch.setattr(tracking, "_available_trackers", [*tracking.get_available_trackers(), LoggerType.WANDB])
+    train(tiny_recipe(trackers=["wandb"], epochs=1))
+    heads = {"step", "epoch", "images", "seconds"}
+    for step in (1, 2, 3):
+        logged = {}
+        for row in rows(tmp_path / "run"):
+            if row["step"] == step:
+                logged |= {name: value for name, value in row.items() if name not in heads}
+        assert made[0].lines[step] == logged and "loss" in logged
+    assert "AP" in logged and len(made) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
+def test_trackers_that_are_missing_or_unknown_are_said(tiny_recipe, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    train(tiny_recipe(trackers=["trackio"], max_steps=1))
+    assert "tracker 'trackio' is left out: its package is not installed" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="training.trackers has 'wandbb', unknown to accelerate; did you mean 'wandb'"
+    ):
+        tiny_recipe(trackers=["wandbb"])
+
+
+def test_a_compiled_model_trains_alike_and_resumes(tiny_recipe, tmp_path, monkeypatch):
+    """Through dynamo, with a backend that runs what it traced: the compilers of others are not ours to test."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    compiled = []
+    monkeypatch.setattr(
+        torch, "compile", lambda f, _compile=torch.compile, **k: compiled.append(k) or _compile(f, **k)
+    )
+    options = {"epochs": 1, "dropout": 0.0, "accumulation_steps": 1, "num_train_images": 4, "ema_decay": 0.5}
+    train(tiny_recipe(output_dir=str(tmp_path / "plain"), **options))
+    assert not compiled
+    train(tiny_recipe(compile=True, **options | {"max_steps": 1}))
+    train(tiny_recipe(compile=True, resume=True, **options | {"max_steps": 2}))
+    assert compiled == [{"backend": "eager"}] * 2
+    plain, found = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("plain", "run"))
+    assert found == pytest.approx(plain, rel=1e-5) and len(plain) == 2
 
 
 def test_validation_classes_must_be_those_of_training(tiny_recipe, tmp_path):

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, PartialState, skip_first_batches
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from drmm_hf.data.coco import categories
@@ -82,7 +83,7 @@ def end_groups(leaders):
             os.killpg(leader, signal.SIGKILL)
 
 
-def run(rank, arguments, processes, signal_number, name, at_event, output):
+def run(rank, arguments, processes, signal_number, name, at_event, output, environment):
     """Be one training process, which ends with its exit code."""
     os.setsid()
     file = os.open(f"{output}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -93,6 +94,7 @@ def run(rank, arguments, processes, signal_number, name, at_event, output):
         os.environ |= {name: str(value) for name, value in ranks.items()} | {"ACCELERATE_USE_CPU": "true"}
         store = torch.distributed.FileStore(f"{output}.store", processes)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+        use_accelerate_config(environment)
     if rank == 0 and at_event is not None:
         folder = Path(arguments[arguments.index("--output") + 1])
         send_at(signal_number, at_event, str(folder if name is None else folder / name))
@@ -106,6 +108,14 @@ def run(rank, arguments, processes, signal_number, name, at_event, output):
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def use_accelerate_config(environment):
+    """Set what `accelerate launch` sets for a config; for FSDP, let accelerate take the CPU for a GPU, as it must."""
+    os.environ |= environment
+    if "ACCELERATE_USE_FSDP" in environment:
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def send_at(number, at_event, place):
@@ -140,7 +150,7 @@ class Server:
             text=True,
         )
 
-    def train(self, name, processes=1, at_event=None, number=signal.SIGKILL, inside=None, **options):
+    def train(self, name, processes=1, at_event=None, number=signal.SIGKILL, inside=None, environment=None, **options):
         """Run `drmm train`, in the end or until its n-th operation on files (`inside` a folder of the run, or any).
 
         Returns the exit codes of its processes.
@@ -158,6 +168,7 @@ class Server:
             "name": inside,
             "at_event": at_event,
             "output": str(self.folder / f"output-{self.count}"),
+            "environment": environment or {},
         }
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

@@ -118,10 +118,15 @@ def test_a_schedule_by_steps_needs_their_number():
     Recipe(model={}, data=DataArguments(), training=training)
 
 
-@pytest.mark.parametrize("field", [{"holdout": 0.1}, {"overfit_images": 8}])
+@pytest.mark.parametrize("field", [{"holdout": 0.1}, {"overfit": 8}])
 def test_what_chooses_among_all_pictures_is_refused(field):
     with pytest.raises(ValueError, match=rf"data.{next(iter(field))} is .* must not be set with data.streaming"):
         DataArguments(streaming=True, **field)
+
+
+def test_no_batch_size_is_found_for_a_stream(tiny_recipe):
+    with pytest.raises(ValueError, match="find_batch_size is true: it must be false with data.streaming"):
+        tiny_recipe(streaming=True, max_steps=4, find_batch_size=True)
 
 
 def test_a_recipe_is_chosen_for_a_folder_but_not_for_a_stream_from_elsewhere(tmp_path):

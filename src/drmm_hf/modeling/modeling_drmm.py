@@ -84,6 +84,9 @@ class DrmmPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"queries.boxes"}
 
+    def get_input_embeddings(self) -> None:
+        """Return None: a picture is no sequence of tokens. Accelerate asks before it shards a model."""
+
     def _initialize_weights(self, module, *args, **kwargs):
         """Initialise containers too: transformers skips those of classes outside itself, and our rules live there.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from huggingface_hub.errors import StrictDataclassError
 
 from ..modeling.configuration_drmm import DrmmConfig
@@ -39,7 +40,7 @@ class DataArguments:
         val_annotations (`str`, *optional*): COCO json of the validation pair.
         holdout (`float`, *optional*): Share of the training pictures to validate on instead of `val_split`, chosen by
             their ids.
-        overfit_images (`int`, *optional*): Train and evaluate on the first so many training pictures by id with at
+        overfit (`int`, *optional*): Train and evaluate on the first so many training pictures by id with at
             least 5 boxes, to see that a model can learn them by heart.
         num_train_images (`int`): Number of generated training pictures; read with `source: generated` only.
         num_val_images (`int`): Number of generated validation pictures; read with `source: generated` only.
@@ -73,7 +74,7 @@ class DataArguments:
     val_images: str | None = None
     val_annotations: str | None = None
     holdout: float | None = None
-    overfit_images: int | None = None
+    overfit: int | None = None
     num_train_images: int = 2000
     num_val_images: int = 200
     image_size: list[int] = field(default_factory=lambda: [128, 128])
@@ -96,7 +97,7 @@ class DataArguments:
     def __post_init__(self):
         """Check every field."""
         check_types(self, "data")
-        for name in ("num_train_images", "num_val_images", "shortest_edge", "overfit_images", "shuffle_buffer"):
+        for name in ("num_train_images", "num_val_images", "shortest_edge", "overfit", "shuffle_buffer"):
             value = getattr(self, name)
             check(self, "data", name, value is None or value >= 1, "must be at least 1")
         check(self, "data", "holdout", self.holdout is None or 0 < self.holdout < 1, "must lie between 0 and 1")
@@ -109,7 +110,7 @@ class DataArguments:
             len(self.image_size) == 2 and min(self.image_size) >= 1,
             "must be [height, width], both at least 1",
         )
-        for name in ("holdout", "overfit_images"):
+        for name in ("holdout", "overfit"):
             rule = "must not be set with data.streaming, since it chooses among all pictures"
             check(self, "data", name, not self.streaming or getattr(self, name) is None, rule)
         for split in ("train", "val"):
@@ -131,6 +132,8 @@ class TrainingArguments:
         seed (`int`): Seed of initialisation, order and augmentation.
         batch_size (`int`): Pictures in one forward pass of one process.
         accumulation_steps (`int`): Forward passes in one optimiser step.
+        find_batch_size (`bool`): Split the pictures of a step, `batch_size` times `accumulation_steps`, into as few
+            forward passes as fit into memory, which is tried at the start.
         epochs (`int`, *optional*): Passes over the training split. The first of the three bounds ends the run.
         max_steps (`int`, *optional*): Bound in optimiser steps.
         max_minutes (`float`, *optional*): Bound in minutes of wall clock since the first step, evaluations in between
@@ -165,7 +168,8 @@ class TrainingArguments:
             end of each epoch only.
         keep_last (`int`): Newest checkpoints to keep, the one in `last/` included.
         log_every (`int`): Optimiser steps between log lines.
-        trackers (`list[str]`): Accelerate's trackers to log to; one whose package is missing is left out.
+        trackers (`list[str]`): Accelerate's trackers to log to (`tensorboard`, `wandb`, `mlflow`, `trackio`, ...); one
+            whose package is missing is left out, which is said.
     """
 
     output_dir: str = "runs/train"
@@ -175,6 +179,7 @@ class TrainingArguments:
     seed: int = 0
     batch_size: int = 2
     accumulation_steps: int = 1
+    find_batch_size: bool = False
     epochs: int | None = None
     max_steps: int | None = None
     max_minutes: float | None = None
@@ -238,6 +243,9 @@ class TrainingArguments:
             sorted(self.milestones) == self.milestones and all(0 < value < 1 for value in self.milestones),
             "must be increasing fractions of the run, between 0 and 1",
         )
+        for name in self.trackers:
+            if name not in (known := {"all", *LOGGER_TYPE_TO_CLASS}):
+                raise ValueError(f"training.trackers has {name!r}, unknown to accelerate{_nearest(name, known)}")
         if self.epochs is None and self.max_steps is None and self.max_minutes is None:
             raise ValueError("training needs an end: set at least one of epochs, max_steps and max_minutes")
         if self.schedule_by == "time" and self.max_minutes is None:
@@ -267,6 +275,11 @@ class Recipe:
             raise ValueError(
                 f"data.streaming is true, so that the number of steps in {self.training.epochs} epochs is not known: "
                 f"the schedule {self.training.schedule!r} needs training.max_steps, or schedule_by 'time'"
+            )
+        if self.data.streaming and self.training.find_batch_size:
+            raise ValueError(
+                "training.find_batch_size is true: it must be false with data.streaming, since how many objects the "
+                "fullest picture has is not known"
             )
 
     def save(self, path: str | Path) -> None:

@@ -50,9 +50,9 @@ def load_split(
     Raises:
         ValueError: If the recipe does not say where the data are, or if there are no pictures.
     """
-    if data.overfit_images is not None:
-        dataset, _ = load_split(dataclasses.replace(data, overfit_images=None), "train")
-        return first_rich_pictures(dataset, data.overfit_images)
+    if data.overfit is not None:
+        dataset, _ = load_split(dataclasses.replace(data, overfit=None), "train")
+        return first_rich_pictures(dataset, data.overfit)
     if data.holdout is not None:
         dataset, _ = load_split(dataclasses.replace(data, holdout=None), "train")
         kept = [_is_held_out(image_id, data.holdout) == (split == "val") for image_id in dataset["image_id"]]
@@ -110,7 +110,7 @@ def first_rich_pictures(dataset: datasets.Dataset, count: int) -> tuple[datasets
     rich = [index for index, boxes in enumerate(objects) if sum(not box["iscrowd"] for box in boxes) >= 5]
     chosen = sorted(rich, key=lambda index: ids[index])[:count]
     if len(chosen) < count:
-        raise ValueError(f"data.overfit_images is {count}, but only {len(chosen)} pictures have 5 boxes or more")
+        raise ValueError(f"data.overfit is {count}, but only {len(chosen)} pictures have 5 boxes or more")
     dataset = dataset.select(chosen)
     return dataset, ground_truth(dataset)
 

@@ -178,7 +178,7 @@ def save_checkpoint(
         progress (`Progress`): Names the step.
         keep_last (`int`): Checkpoints to keep, `last/` included.
         raw_model (`PreTrainedModel`, *optional*): The model in training, if `model` is its moving average; its weights
-            are there as the variant `raw`, at no cost: they are a link to those of the training state.
+            are there as the variant `raw`, at no cost where those of the training state are such a file: a link to it.
 
     Raises:
         OSError: If it cannot be written, as on a full disk; the checkpoints before it are whole.
@@ -198,6 +198,8 @@ def save_checkpoint(
             raw_weights = folder / STATE_FOLDER / "model.safetensors"
             if raw_model is not None and raw_weights.is_file():
                 _link(raw_weights, folder / f"model.{RAW_VARIANT}.safetensors")
+            elif raw_model is not None:
+                raw_model.save_pretrained(folder, variant=RAW_VARIANT)
     with together():
         if accelerator.is_main_process:
             _write_record(folder, progress.step, accelerator.num_processes)

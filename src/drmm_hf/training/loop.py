@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 
 from ..data.coco import categories
@@ -28,13 +29,16 @@ from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..visualization.batch_pictures import save_augmented_pictures
 from .arguments import Recipe, TrainingArguments, changed_fields, load_recipe
+from .batch_size import find_batch_size
 from .build import build_model, load_split, training_loader
 from .checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint, save_model, write_text
 from .ema import averaged_model
 from .epochs import Epochs
 from .manifest import add_to_manifest, data_fingerprint
 from .optimizer import build_optimizer, schedule_factor, set_learning_rate
+from .presets import describe
 from .run_log import Clock, Log
+from .sharding import check_sharding, gather_weights, whole_tensor
 from .stop_request import StopRequest
 
 
@@ -61,6 +65,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         log_with=recipe.training.trackers or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
     )
+    check_sharding(accelerator, recipe.training)
+    for name in {*recipe.training.trackers} - {"all", *map(str, accelerator.log_with)}:
+        accelerator.print(f"tracker {name!r} is left out: its package is not installed")
     with run_lock(accelerator, output_dir):
         return run(recipe, accelerator, output_dir)
 
@@ -79,6 +86,10 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     began = time.perf_counter()
     training = recipe.training
     checkpoint = find_checkpoint(output_dir, accelerator)
+    if checkpoint is not None and training.find_batch_size:
+        stored = load_recipe(output_dir / "recipe.yaml").training
+        training.batch_size, training.accumulation_steps = stored.batch_size, stored.accumulation_steps
+        training.find_batch_size = False
     changes = check_run(output_dir, recipe, checkpoint)
     set_seed(training.seed)
 
@@ -101,19 +112,26 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         model.gradient_checkpointing_enable()
     model.to(accelerator.device)
     optimizer = build_optimizer(model, model.model.backbone, training)
-    # Before `prepare`, which gives the model a forward that a copy would share.
+    # Before `prepare`, which gives the model a forward that a copy would share, or shards it.
     average = averaged_model(model, training.ema_decay) if training.ema_decay is not None else None
-    loader = training_loader(train_set, label_map, processor, recipe, problems)
+    whole_model = copy.deepcopy(model) if accelerator.is_fsdp2 else model
     bare_model = model
     if training.compile:
         model.compile()
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    kept_model = bare_model if average is None else average.module  # what is evaluated and saved
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if training.find_batch_size:
+        training.batch_size, training.accumulation_steps = find_batch_size(
+            accelerator, bare_model, optimizer, training, recipe.data.longest_edge, describe(train_set)["most"]
+        )
+        training.find_batch_size = False  # a run that is resumed, or repeated from its recipe, has what was found
+    loader = accelerator.prepare(training_loader(train_set, label_map, processor, recipe, problems))
+    kept_model = whole_model if average is None else average.module  # what is evaluated and saved
 
     progress = Progress()
     accelerator.register_for_checkpointing(progress, *([] if average is None else [average]))
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
+        gather_weights(bare_model, whole_model)
         accelerator.print(f"resuming {checkpoint} at step {progress.step}", *changes, sep="\n")
     elif training.resume:
         accelerator.print(f"nothing to resume in {output_dir}: starting")
@@ -129,8 +147,10 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         add_to_manifest(
             output_dir / "manifest.json", step=progress.step, data=data, processes=accelerator.num_processes
         )
-    log = Log(accelerator, output_dir, progress, total_steps, training.max_skipped_steps)
-    raw_model = None if average is None else bare_model
+    # DeepSpeed has stepped before we see the gradient: the first one that is not finite ends the run.
+    max_skipped = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else training.max_skipped_steps
+    log = Log(accelerator, output_dir, progress, total_steps, max_skipped)
+    raw_model = None if average is None else whole_model
     save = partial(
         save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
     )
@@ -174,12 +194,14 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 set_learning_rate(optimizer, schedule_factor(training, progress.step, done))
                 terms, images = accumulate_gradients(accelerator, model, batches, training.channels_last)
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+                norm = whole_tensor(torch.as_tensor(norm, device=accelerator.device))
                 if accelerator.scaler is None:  # the fused kernel leaves the weights alone where this is 1
                     optimizer.optimizer.found_inf = (~norm.isfinite()).float()
                 optimizer.step()
                 optimizer.zero_grad()
                 if average is not None:
-                    average.update_parameters(bare_model)
+                    gather_weights(bare_model, whole_model)
+                    average.update_parameters(whole_model)
 
                 progress.step += 1
                 progress.step_in_epoch += 1
@@ -197,6 +219,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 if saves or progress.step % training.log_every == 0:
                     log.write_training(optimizer)
                 if saves:
+                    gather_weights(bare_model, whole_model)
                     progress.positions = epochs.positions()
                     save()
                 if progress.evaluation_due and not stops:
@@ -368,6 +391,7 @@ def accumulate_gradients(
         if channels_last:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         last = position == len(batches) - 1
+        accelerator.sync_gradients = last  # tells DeepSpeed, which steps inside `backward`
         with nullcontext() if last else accelerator.no_sync(model):
             outputs = model(pixel_values, batch["pixel_mask"], batch["labels"], output_auxiliary=False)
             accelerator.backward(outputs.loss * shares[position])
