@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotations", metavar="FILE", help="COCO json file, if not annotations/instances_SPLIT.json"
     )
     parser.add_argument("--images", metavar="DIR", help="image folder, if not one of the usual places")
+    parser.add_argument(
+        "--streaming", action="store_true", help="read the pictures as they are needed, without downloading a data set"
+    )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
     parser.add_argument("--top-k", type=int, default=100, metavar="K", help="predictions a picture (default: 100)")
     duplicates = parser.add_mutually_exclusive_group()
@@ -92,14 +96,17 @@ def run(args: argparse.Namespace) -> int:
     from ..conversion.model_source import find_source
     from ..evaluation.evaluate import category_of_label, class_table, evaluate, measure
     from ..evaluation.likelihood import check_density
+    from ..evaluation.parts import launched_processes
     from ..evaluation.predict import load_detector
     from ..evaluation.report import analyse, examples, load_results, load_split, measure_likelihood, read_picture
     from ..evaluation.tables import TABLES, comparison_table
     from ..visualization.evaluation_pictures import draw_detections, draw_report
 
     model_source = None if args.model is None else find_source(args.model)
-    places = {"images": args.images, "annotations": args.annotations}
-    dataset, annotations = load_split(args.data, args.split, **places, needs_pictures=args.model is not None)
+    places = {"images": args.images, "annotations": args.annotations, "streaming": args.streaming}
+    processes = None if args.model is None else launched_processes(args.device)
+    with nullcontext() if processes is None else processes.main_process_first():  # the others find its cache
+        dataset, annotations = load_split(args.data, args.split, **places, needs_pictures=args.model is not None)
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
@@ -110,12 +117,19 @@ def run(args: argparse.Namespace) -> int:
         detections, mapping = load_results(args.detections, annotations)
         metrics = measure(detections, annotations, mapping, output, **options)
     else:
-        model, processor = load_detector(model_source, args.device)
+        model, processor = load_detector(model_source, args.device if processes is None else processes.device)
         if args.losses or other:
             check_density(model.config)
         categories = annotations["categories"]
-        print(class_table(model.config, categories, category_of_label(model.config, categories)), flush=True)
-        metrics = evaluate(model, processor, dataset, annotations, output, batch_size=args.batch_size, **options)
+        classes = class_table(model.config, categories, category_of_label(model.config, categories))
+        if processes is None or processes.is_main_process:
+            print(classes, flush=True)
+        options |= {"batch_size": args.batch_size, "processes": processes}
+        metrics = evaluate(model, processor, dataset, annotations, output, **options)
+        if processes is not None:
+            processes.destroy_process_group()
+        if metrics is None:
+            return 0  # the main process goes on
 
     entries = json.loads((output / "detections.json").read_text())
     written = ["detections.json"]

@@ -34,7 +34,8 @@ def load_split(
     images: str | Path | None = None,
     annotations: str | Path | None = None,
     needs_pictures: bool = True,
-) -> tuple[datasets.Dataset | None, Mapping[str, Any]]:
+    streaming: bool = False,
+) -> tuple[datasets.Dataset | datasets.IterableDataset | None, Mapping[str, Any]]:
     """Load one split and its untouched annotations.
 
     A box without area is an error in training data; here it counts in the annotations, as in COCO.
@@ -45,10 +46,12 @@ def load_split(
         images (`str` or `Path`, *optional*): Image folder, where it is not a usual place.
         annotations (`str` or `Path`, *optional*): COCO file, where it is not a usual place.
         needs_pictures (`bool`): Whether a json file needs its pictures, too.
+        streaming (`bool`): Whether to read the pictures as they are needed, from the Hub too.
 
     Returns:
-        `tuple[Dataset, Mapping]`: The pictures, in the canonical schema, and the content of the COCO file; built from
-        the pictures where there is none. No pictures for a json file without `images` that needs none.
+        `tuple[Dataset or IterableDataset, Mapping]`: The pictures, in the canonical schema, and the content of the
+        COCO file; built from the pictures where there is none. No pictures for a json file without `images` that needs
+        none.
 
     Raises:
         ValueError: If the split is unknown or the source is not understood.
@@ -60,8 +63,12 @@ def load_split(
         annotations, source = source, str(Path(source).parent)
     places = {"images": images, "annotations": annotations}
     paths = coco_paths(source, split, **places)
-    dataset = load_detection_dataset(source, split, **places, invalid="skip")
-    return dataset, ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    dataset = load_detection_dataset(source, split, **places, invalid="skip", streaming=streaming)
+    if paths is not None:
+        return dataset, load_annotations(paths[0])
+    if streaming and Path(source).exists():  # a local stream has lost its categories
+        return dataset, ground_truth(load_detection_dataset(source, split, invalid="skip"))
+    return dataset, ground_truth(dataset)
 
 
 def load_results(path: str | Path, annotations: Mapping[str, Any]) -> tuple[Detections, dict[int, int]]:
@@ -156,34 +163,39 @@ def measure_likelihood(
     return write_json(summarize(found, annotations), Path(output_dir) / "likelihood.json")
 
 
-def examples(dataset: datasets.Dataset, count: int = 4) -> list[tuple[int, str, Image]]:
-    """Read a few pictures, spread over a dataset.
+def examples(dataset: datasets.Dataset | datasets.IterableDataset, count: int = 4) -> list[tuple[int, str, Image]]:
+    """Read a few pictures, spread over a dataset or at the beginning of a stream.
 
     Args:
-        dataset (`datasets.Dataset`): Pictures in the canonical schema.
+        dataset (`Dataset` or `IterableDataset`): Pictures in the canonical schema.
         count (`int`): How many.
 
     Returns:
         `list[tuple[int, str, PIL.Image.Image]]`: Id, file name and picture of each.
     """
-    count = min(count, len(dataset))
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    rows = [dataset[index * len(dataset) // count] for index in range(count)]
+    if isinstance(dataset, datasets.IterableDataset):
+        rows = list(dataset.take(count))
+    else:
+        count = min(count, len(dataset))
+        rows = [dataset[index * len(dataset) // count] for index in range(count)]
     return [(row["image_id"], row["file_name"], load_image(row)) for row in rows]
 
 
-def read_picture(dataset: datasets.Dataset, image_id: int) -> Image:
+def read_picture(dataset: datasets.Dataset | datasets.IterableDataset, image_id: int) -> Image:
     """Read one picture.
 
     Args:
-        dataset (`datasets.Dataset`): Pictures in the canonical schema.
+        dataset (`Dataset` or `IterableDataset`): Pictures in the canonical schema.
         image_id (`int`): Its id.
 
     Returns:
         `PIL.Image.Image`: The picture.
     """
-    row = list(dataset["image_id"]).index(image_id)
-    return load_image(dataset.cast_column("image", datasets.Image(decode=False))[row])
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    if isinstance(dataset, datasets.IterableDataset):
+        return load_image(next(row for row in dataset if row["image_id"] == image_id))
+    return load_image(dataset[list(dataset["image_id"]).index(image_id)])
 
 
 def write_json(content: dict[str, Any], path: Path) -> dict[str, Any]:
