@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from drmm_cli import main
-from drmm_hf.commands.evaluate import comparison_table, table
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics
 from drmm_hf.evaluation.deduplication import deduplicate
 from drmm_hf.evaluation.detections import Detections
+from drmm_hf.evaluation.tables import comparison_table, metrics_table
 
 
 def test_figures_pictures_and_a_table_in_per_cent(model_folder, coco_folder, tmp_path, capsys):
@@ -175,14 +175,14 @@ def test_the_table_shows_what_is_not_defined_and_what_was_left_out():
     metrics |= {"AP_per_class": {"a long name": 0.123456, "b": None}, "num_images": 1, "num_ground_truths": 2}
     metrics |= {"num_crowds": 0, "num_detections": 3, "num_boxes_without_size": 4, "num_other_labels": 0}
     metrics |= {"deduplication": None}
-    lines = table(metrics).splitlines()
+    lines = metrics_table(metrics).splitlines()
     assert lines[0].split() == list(METRIC_NAMES[:6])
     assert lines[1].split() == ["50.00", "50.00", "50.00", "-", "50.00", "50.00"]
     assert lines[5].split() == ["1.20", "-"]
     assert "a long name   12.35" in lines and "b                 -" in lines
     assert lines[-1] == "4 boxes without width or height were left out"
     metrics |= {"deduplication": {"method": "wta", "iou_threshold": 0.7, "num_removed": 5, "num_capped": 2}}
-    assert table(metrics).splitlines()[-2:] == [
+    assert metrics_table(metrics).splitlines()[-2:] == [
         "5 detections were removed by WTA at IoU 0.7",
         "2 sums of confidences were stopped at 1",
     ]

@@ -423,7 +423,7 @@ def perfect_forward(processor, softmax, of_unpadded):
 @pytest.mark.parametrize("make", [*DETECTORS, padded_detr, drmm], ids=lambda make: make.__name__)
 def test_every_detector_that_is_right_scores_one_through_the_command(make, coco_folder, tmp_path, monkeypatch, capsys):
     """First as it is, random; then with outputs that encode the annotations, in pictures of mixed sizes."""
-    monkeypatch.setattr("drmm_hf.commands.evaluate.draw_pictures", lambda *arguments: [])
+    monkeypatch.setattr("drmm_hf.visualization.evaluation_pictures.draw_report", lambda *_: [])
     torch.manual_seed(0)
     model, processor = make()
     for part in (model, processor):

@@ -120,7 +120,9 @@ def sweep(
         has `iou_threshold`, `AP`, `AR100`, `ECE`, `ECE_0.1`, `duplicate_rate` (of the predictions scoring above 0.1,
         those that are wrong only because a more confident one took their object at IoU 0.5), `num_detections`,
         `num_removed`, `num_capped` (sums stopped at 1) and `reliability` (bins of the calibration error).
-        `best_iou_threshold` is that of the largest AP with NMS.
+        `best_iou_threshold` is that of the largest AP with NMS. `example` is the picture from which NMS at that IoU
+        takes most boxes above 0.1: its `image_id`, and under `none`, `nms` and `wta` its `boxes` (xyxy pixels) and
+        `scores`; None without pictures.
 
     Source: Figures 7 and 8, Table 3; there NMS is tried at IoU 0.5 to 1.
     """
@@ -138,7 +140,23 @@ def sweep(
         counts = {"num_removed": num_removed, "num_capped": num_capped}
         swept[method].append({"iou_threshold": threshold} | figures | counts)
     best = max(swept["nms"], key=lambda entry: -1.0 if entry["AP"] is None else entry["AP"], default=None)
-    return swept | {"best_iou_threshold": best and best["iou_threshold"]}
+    best = best and best["iou_threshold"]
+    return swept | {"best_iou_threshold": best, "example": _example(detections, best)}
+
+
+def _example(detections: Detections, iou_threshold: float | None) -> dict[str, Any] | None:
+    """Return the picture that NMS changes most, before and after."""
+    if not len(detections) or iou_threshold is None:
+        return None
+    found = {"none": detections}
+    found |= {method: deduplicate(detections, method, iou_threshold)[0] for method in ("nms", "wta")}
+    confident = {name: {one: int((part[one]["scores"] > 0.1).sum()) for one in part} for name, part in found.items()}
+    most = max(detections, key=lambda one: confident["none"][one] - confident["nms"][one])
+    fields = {name: part[most] for name, part in found.items()}
+    return {"image_id": most} | {
+        name: {"boxes": result["boxes"].tolist(), "scores": result["scores"].tolist()}
+        for name, result in fields.items()
+    }
 
 
 def _figures(

@@ -42,12 +42,13 @@ class Detections:
         """Start without any picture."""
         self._images: dict[int, dict[str, np.ndarray]] = {}
 
-    def add(self, image_id: int, result: Mapping[str, Any]) -> None:
+    def add(self, image_id: int, result: Mapping[str, Any], top_k: int | None = None) -> None:
         """Add the detections of one picture.
 
         Args:
             image_id (`int`): Id of the picture in the dataset.
             result (`Mapping`): The fields above as tensors, arrays or lists; other keys are left out.
+            top_k (`int`, *optional*): How many of the most confident are kept; by default all.
 
         Raises:
             ValueError: If the picture is already there, if a field has the wrong shape, or if a number is not finite.
@@ -62,7 +63,7 @@ class Detections:
         lengths = {name: len(array) for name, array in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"result of image_id {image_id} has fields of different lengths: {lengths}.")
-        order = np.argsort(-arrays["scores"], kind="stable")
+        order = np.argsort(-arrays["scores"], kind="stable")[:top_k]
         self._images[image_id] = {name: array[order] for name, array in arrays.items()}
 
     def __len__(self) -> int:
@@ -145,6 +146,58 @@ class Detections:
                 if image_id not in merged:
                     merged.add(image_id, part[image_id])
         return merged
+
+    def select(self, image_ids: Iterable[int]) -> Detections:
+        """Pick pictures, in a new order.
+
+        Args:
+            image_ids (`Iterable[int]`): Their ids.
+
+        Returns:
+            `Detections`: A new object.
+        """
+        picked = Detections()
+        picked._images = {int(image_id): self._images[image_id] for image_id in image_ids}
+        return picked
+
+    def save_arrays(self, path: str | Path) -> None:
+        """Write the detections as arrays, to the last bit and with the pictures in which nothing was found.
+
+        Args:
+            path (`str` or `Path`): File to write, in numpy's npz format.
+        """
+        arrays = {"image_ids": np.array(list(self._images), dtype=np.int64)}
+        for name in _SHAPES:
+            mine = [result.get(name) for result in self._images.values()]
+            # A field that a picture does not have is told from one without rows.
+            arrays[f"{name}_count"] = np.array([-1 if array is None else len(array) for array in mine], dtype=np.int64)
+            rows = [array for array in mine if array is not None]
+            if rows:
+                arrays[name] = np.concatenate(rows)
+        with Path(path).open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load_arrays(cls, path: str | Path) -> Detections:
+        """Read what `save_arrays` wrote.
+
+        Args:
+            path (`str` or `Path`): The file.
+
+        Returns:
+            `Detections`: The same as was written.
+        """
+        detections = cls()
+        with np.load(path, allow_pickle=False) as arrays:
+            detections._images = {image_id: {} for image_id in arrays["image_ids"].tolist()}
+            for name in _SHAPES:
+                counts = arrays[f"{name}_count"]
+                stops = np.cumsum(np.maximum(counts, 0))
+                rows = arrays[name] if (counts >= 0).any() else None
+                for result, count, stop in zip(detections._images.values(), counts, stops, strict=True):
+                    if count >= 0:
+                        result[name] = rows[stop - count : stop]
+        return detections
 
     def to_coco(self, label_map: LabelMap) -> list[dict[str, Any]]:
         """Return the detections as a list of COCO results.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 
 from drmm_hf.data.labels import LabelMap
@@ -16,17 +18,17 @@ from .calibration import expected_calibration_error, match_predictions
 from .coco_metrics import coco_metrics, first_few, ground_truth, load_annotations
 from .deduplication import deduplicate
 from .detections import Detections
-from .predict import predict
+from .parts import predict_parts
 
 
 if TYPE_CHECKING:
-    import datasets
+    from accelerate import PartialState
 
 
 def evaluate(
     model: torch.nn.Module,
     processor: Any,
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | datasets.IterableDataset,
     annotations: str | Path | Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     *,
@@ -35,26 +37,33 @@ def evaluate(
     top_k: int = 100,
     nms: float | None = None,
     wta: float | None = None,
+    processes: PartialState | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Measure a detector: run it over every annotated picture and compare with the untouched annotations.
+
+    Detections are written to `output_dir/parts` as they are found. A call that was killed goes on from there when it
+    is repeated; the folder is removed in the end.
 
     Args:
         model (`torch.nn.Module`): Any transformers object detector.
         processor (`Any`): Its image processor.
-        dataset (`datasets.Dataset`): Pictures in the canonical schema of `drmm_hf.data.coco`.
+        dataset (`Dataset` or `IterableDataset`): Pictures in the canonical schema of `drmm_hf.data.coco`. A stream is
+            read as it goes.
         annotations (`str`, `Path` or `Mapping`, *optional*): The COCO json file of the dataset, or what it holds. By
-            default built from the dataset.
+            default built from the dataset, which of a stream takes a pass of its own.
         output_dir (`str` or `Path`, *optional*): Folder to write `metrics.json` and `detections.json` to.
         batch_size (`int`): Largest number of pictures in a batch; changes no figure.
         device (`str` or `torch.device`, *optional*): Where to run. By default where the model is.
         top_k (`int`): Number of predictions a picture, over all classes, for AP and for the calibration error.
         nms (`float`, *optional*): As in `measure`.
         wta (`float`, *optional*): As in `measure`.
+        processes (`accelerate.PartialState`, *optional*): Processes that share the pictures, as
+            `drmm_hf.evaluation.parts.launched_processes` returns them. All call this function, with one `output_dir`.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
-        `dict`: What `measure` returns.
+        `dict`: What `measure` returns. None in all but the main process, which alone measures.
 
     Raises:
         ValueError: If dataset and annotations do not hold the same pictures, if the model's classes cannot be told
@@ -63,9 +72,27 @@ def evaluate(
     _check_deduplication(nms, wta)  # before the work
     annotations = ground_truth(dataset) if annotations is None else load_annotations(annotations)
     mapping = category_of_label(model.config, annotations["categories"])
-    check_images(annotations, dataset["image_id"])
-    detections = predict(model, processor, dataset, batch_size, device, top_k, progress)
-    return measure(detections, annotations, mapping, output_dir, top_k=top_k, nms=nms, wta=wta)
+    if isinstance(dataset, datasets.Dataset):
+        check_images(annotations, dataset["image_id"])
+    folder = None if output_dir is None else Path(output_dir) / "parts"
+    detections = predict_parts(
+        model,
+        processor,
+        dataset,
+        annotations["images"],
+        folder,
+        batch_size=batch_size,
+        device=device,
+        top_k=top_k,
+        processes=processes,
+        progress=progress,
+    )
+    if detections is None:
+        return None
+    metrics = measure(detections, annotations, mapping, output_dir, top_k=top_k, nms=nms, wta=wta)
+    if folder is not None:
+        shutil.rmtree(folder)
+    return metrics
 
 
 def measure(

@@ -6,7 +6,6 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import datasets
@@ -108,18 +107,16 @@ def predict(
     process = processor if is_drmm or not hasattr(processor, "do_pad") else partial(processor, do_pad=False)
     was_training = model.training
     model.eval()
-    results: list[tuple[int, int, Mapping[str, Any]]] = []
+    detections, positions = Detections(), {}
     try:
         for batch in picture_batches(process, dataset, batch_size, progress, "predicting"):
             found = _detect(model, processor, batch.inputs, batch.sizes, top_k)
-            results += zip(batch.positions, batch.image_ids, found, strict=True)
+            positions |= zip(batch.image_ids, batch.positions, strict=True)
+            for image_id, result in zip(batch.image_ids, found, strict=True):
+                detections.add(image_id, result, top_k)
     finally:
         model.train(was_training)
-
-    detections = Detections()
-    for _, image_id, result in sorted(results, key=itemgetter(0)):
-        detections.add(image_id, result)
-    return detections.top_k(top_k)
+    return detections.select(sorted(positions, key=positions.get))
 
 
 class PictureBatch(NamedTuple):

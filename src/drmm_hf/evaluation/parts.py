@@ -1,0 +1,249 @@
+"""Predict in parts: spread over processes, written as it goes, continued after a kill, in constant memory.
+
+A part is a run of neighbouring pictures. Pictures share a batch only with others of their part, and parts depend on
+nothing but the data and the batch size: whoever predicts them, and whenever, the detections are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from tqdm import tqdm
+
+from .detections import Detections
+from .predict import predict
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+# Most pictures of a part, and how many parts small data are cut into for the processes to share.
+_LARGEST, _NUM_PARTS = 256, 32
+
+
+def launched_processes(device: str | torch.device | None = None) -> PartialState | None:
+    """Return the processes that `accelerate launch` or torchrun started, if this is one of them.
+
+    Args:
+        device (`str` or `torch.device`, *optional*): "cpu" to leave GPUs alone.
+
+    Returns:
+        `accelerate.PartialState`: With the number of processes and the place of this one; None if it is alone.
+    """
+    from accelerate import PartialState
+
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return None
+    return PartialState(cpu=str(device) == "cpu", timeout=timedelta(days=7))  # they wait for the slowest
+
+
+def predict_parts(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: datasets.Dataset | datasets.IterableDataset | Iterable[Mapping[str, Any]],
+    images: Sequence[Mapping[str, Any]],
+    folder: str | Path | None = None,
+    *,
+    batch_size: int = 1,
+    device: str | torch.device | None = None,
+    top_k: int = 100,
+    processes: PartialState | None = None,
+    progress: bool = True,
+) -> Detections | None:
+    """Find the objects in every picture of a dataset, part by part.
+
+    With a `folder`, each part is written there when it is done, in one go. A second call for the same model, pictures
+    and options reads what is there and goes on; parts of anything else are removed.
+
+    Args:
+        model (`torch.nn.Module`): As in `predict`.
+        processor (`Any`): As in `predict`.
+        dataset (`Dataset`, `IterableDataset` or `Iterable[Mapping]`): As in `predict`. Of a stream, every process
+            reads all rows and decodes the pictures of its own parts.
+        images (`Sequence[Mapping]`): COCO's records of the pictures. Their number cuts the parts, and they tell other
+            data from these.
+        folder (`str` or `Path`, *optional*): Where parts are written.
+        batch_size (`int`): As in `predict`.
+        device (`str` or `torch.device`, *optional*): As in `predict`.
+        top_k (`int`): As in `predict`.
+        processes (`accelerate.PartialState`, *optional*): Those that share the work; all call this function, and see
+            the same `folder`. None: this one alone.
+        progress (`bool`): Whether to say what was found in the folder, and to show a bar.
+
+    Returns:
+        `Detections`: One result a picture, in the order of the dataset. None in all but the main process.
+
+    Raises:
+        ValueError: As `predict`; if several processes have no folder; or if a part of another process is missing.
+    """
+    rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+    if world > 1 and folder is None:
+        raise ValueError(f"{world} processes share the pictures; the rule is a folder to write their parts to.")
+    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    size, done = part_size(len(images), batch_size), set()
+    if folder is not None:
+        options = {"top_k": top_k, "batch_size": batch_size, "part_size": size}
+        options["device"] = torch.device(device or next(model.parameters()).device).type
+        folder = Path(folder) / fingerprint(model, processor, dataset, images, options)
+        if rank == 0:
+            _prepare(folder, progress)
+        if processes is not None:
+            processes.wait_for_everyone()
+        done = {int(path.stem) for path in folder.glob("*.npz")}
+
+    mine = [index for index in range(rank, math.ceil(len(images) / size), world) if index not in done]
+    total = sum(min(size, len(images) - index * size) for index in mine)
+    hidden = None if progress and rank == 0 else True  # None: shown on a terminal
+    found, num_parts = {}, 0
+    with tqdm(total=total, desc="predicting", unit="image", delay=2, disable=hidden, leave=False) as bar:
+        for index, rows in _parts(dataset, size, set(mine), {record["id"] for record in images}):
+            num_parts = index + 1
+            if rows is not None:
+                found[index] = predict(model, processor, _counted(rows, bar), batch_size, device, top_k, False)
+            if rows is not None and folder is not None:
+                _write(found.pop(index), folder / f"{index:06d}.npz")
+    if processes is not None:
+        processes.wait_for_everyone()
+    if rank > 0:
+        return None
+    if folder is not None:
+        paths = [folder / f"{index:06d}.npz" for index in range(num_parts)]
+        lacking = [path for path in paths if not path.exists()]
+        if lacking:
+            raise ValueError(f"part {lacking[0]} is missing; the rule is one folder that all processes see.")
+        found = {index: Detections.load_arrays(path) for index, path in enumerate(paths)}
+    return Detections.merge(found.values())
+
+
+def part_size(num_images: int, batch_size: int = 1) -> int:
+    """Return the number of pictures of a part: some hundreds, or fewer where there would be too few parts to share.
+
+    Args:
+        num_images (`int`): Number of all pictures.
+        batch_size (`int`): Largest number of pictures in a batch; a part has room for a few.
+
+    Returns:
+        `int`: At least 1.
+    """
+    return max(4 * batch_size, min(_LARGEST, math.ceil(num_images / _NUM_PARTS)))
+
+
+def fingerprint(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: Iterable[Mapping[str, Any]],
+    images: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> str:
+    """Return a digest of all that detections depend on.
+
+    Of the pictures, it sees COCO's records, their order and the first one itself (its path, or its bytes if it has
+    none): pictures of the same names in another folder are other pictures.
+
+    Args:
+        model (`torch.nn.Module`): Weights and config count.
+        processor (`Any`): Its image processor.
+        dataset (`Iterable[Mapping]`): The rows, undecoded.
+        images (`Sequence[Mapping]`): COCO's records of the pictures.
+        options (`Mapping`): What else counts, for json.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    config.pop("_name_or_path", None)
+    content = [
+        type(model).__name__,
+        config,
+        processor.to_dict() if hasattr(processor, "to_dict") else type(processor).__name__,
+        [[record.get(name) for name in ("id", "file_name", "width", "height")] for record in images],
+        list(dataset["image_id"]) if isinstance(dataset, datasets.Dataset) else None,
+        dict(options),
+        torch.__version__,
+    ]
+    digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    first = None
+    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        first = next(iter(dataset), None)
+    if first is not None:
+        path, content = first["image"]["path"], first["image"]["bytes"]
+        digest.update(content if content is not None else str(path).encode())
+    return digest.hexdigest()
+
+
+def _prepare(folder: Path, say: bool) -> None:
+    """Make the folder of a run, say what it holds and remove what other runs left beside it."""
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            if say:
+                print(f"{other} holds unfinished work on another model, data or options: starting afresh", flush=True)
+            shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = len(list(folder.glob("*.npz")))
+    if count and say:
+        print(f"going on from {count} parts in {folder}", flush=True)
+
+
+def _write(part: Detections, path: Path) -> None:
+    """Write a part that is whole or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_suffix(".partial")
+    part.save_arrays(partial_file)
+    os.replace(partial_file, path)
+
+
+def _parts(
+    dataset: Iterable[Mapping[str, Any]], size: int, wanted: set[int], known: set[int]
+) -> Iterator[tuple[int, Iterable[Mapping[str, Any]] | None]]:
+    """Yield the number of every part, with its rows if it is wanted. Each picture is in one part, the first time."""
+    if isinstance(dataset, datasets.Dataset):
+        first: dict[int, int] = {}
+        for position, image_id in enumerate(dataset["image_id"]):
+            first.setdefault(image_id, position)
+        positions = list(first.values())
+        for index, start in enumerate(range(0, len(positions), size)):
+            yield index, dataset.select(positions[start : start + size]) if index in wanted else None
+        return
+    rows = _unique(dataset, known)
+    for index in count():
+        head = list(islice(rows, 1))
+        if not head:
+            return
+        part = chain(head, islice(rows, size - 1))
+        yield index, part if index in wanted else None
+        deque(part, maxlen=0)
+
+
+def _unique(rows: Iterable[Mapping[str, Any]], known: set[int]) -> Iterator[Mapping[str, Any]]:
+    """Yield rows whose picture was not seen before, and refuse those that nobody annotated."""
+    seen = set()
+    for row in rows:
+        image_id = int(row["image_id"])
+        if image_id not in known:
+            raise ValueError(f"image_id {image_id} has no entry in the annotations; the rule is one for each picture.")
+        if image_id not in seen:
+            seen.add(image_id)
+            yield row
+
+
+def _counted(rows: Iterable[Mapping[str, Any]], bar: tqdm) -> Iterator[Mapping[str, Any]]:
+    for row in rows:
+        yield row
+        bar.update()

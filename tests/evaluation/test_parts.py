@@ -1,0 +1,203 @@
+"""Whoever predicts the parts, whenever and from whatever they are read: the same detections, each picture once."""
+
+import weakref
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from drmm_hf.data.coco import canonical_dataset
+from drmm_hf.evaluation.coco_metrics import ground_truth
+from drmm_hf.evaluation.evaluate import evaluate
+from drmm_hf.evaluation.parts import fingerprint, part_size, predict_parts
+from drmm_hf.evaluation.predict import predict
+
+
+class KilledError(Exception):
+    """In the place of a signal."""
+
+
+class Mean(torch.nn.Module):
+    """A detector whose results depend on all pictures of its batch, as rounding does."""
+
+    def __init__(self, weight=1.0, last=10**9):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([weight]))
+        self.seen, self.last = [], last
+        self.config = SimpleNamespace(id2label={0: "LABEL_0"}, category_ids=None)
+
+    def forward(self, pixel_values):
+        levels = pixel_values[:, 0, 0, 0]
+        self.seen += levels.tolist()
+        if len(self.seen) > self.last:
+            raise KilledError
+        logits = (levels + 1e-3 * levels.mean())[:, None, None] * self.weight
+        return {"logits": logits, "pred_boxes": logits.expand(-1, -1, 4)}
+
+
+class Processor:
+    def __call__(self, images, return_tensors):
+        level = float(images[0].getpixel((0, 0))[0])
+        return {"pixel_values": torch.full((1, 3, images[0].height, images[0].width), level)}
+
+    def post_process_object_detection(self, outputs, threshold, target_sizes):
+        return [
+            {"scores": one[:, 0] / 512, "labels": torch.zeros(1, dtype=torch.long), "boxes": torch.ones(1, 4) * one}
+            for one in outputs["logits"]
+        ]
+
+
+def picture(index):
+    return Image.new("RGB", (8, 6) if index % 3 else (6, 8), (index % 256,) * 3)
+
+
+def rows(count):
+    return [{"image_id": 1000 - 7 * index, "image": picture(index)} for index in range(count)]
+
+
+def images_of(some):
+    return [{"id": row["image_id"], "file_name": f"{row['image_id']}.png"} for row in some]
+
+
+def process(index, number):
+    return SimpleNamespace(process_index=index, num_processes=number, wait_for_everyone=lambda: None)
+
+
+def same(one, other):
+    assert list(one) == list(other)
+    for image_id in one:
+        assert one[image_id].keys() == other[image_id].keys()
+        assert all(np.array_equal(one[image_id][name], other[image_id][name]) for name in one[image_id])
+
+
+CASES = [(0, 1, 2), (1, 2, 3), (7, 2, 2), (40, 1, 3), (61, 3, 2), (90, 2, 3), (90, 1, 1)]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize(("count", "batch_size", "number"), CASES)
+def test_processes_kills_and_streams_change_no_bit(count, batch_size, number, stream, tmp_path):
+    """Each picture is predicted once, but for those of a part that was not finished."""
+    some = rows(count)
+    images = images_of(some)
+    alone = predict_parts(Mean(), Processor(), some, images, batch_size=batch_size, progress=False)
+    assert sorted(alone) == sorted(record["id"] for record in images)
+    seen, killed = [], count // (2 * number)
+    for last in (killed, 10**9):
+        for rank in reversed(range(number)):  # the main process comes last, since nobody waits here
+            model = Mean(last=last)
+            options = {"batch_size": batch_size, "processes": process(rank, number), "progress": False}
+            try:
+                source = iter(some) if stream else some
+                found = predict_parts(model, Processor(), source, images, tmp_path, **options)
+            except (KilledError, ValueError):  # the main process misses parts of others that were killed
+                assert last == killed
+                found = None
+            assert found is None or rank == 0
+            seen += model.seen
+    same(found, alone)
+    size = part_size(count, batch_size)
+    assert len(seen) <= count + number * (size + batch_size)
+
+
+def test_parts_are_small_enough_to_share_and_large_enough_to_fill_batches():
+    assert [part_size(count) for count in (5000, 118_000, 73, 0)] == [157, 256, 4, 4] and part_size(73, 8) == 32
+    with pytest.raises(ValueError, match="2 processes share the pictures; the rule is a folder"):
+        predict_parts(Mean(), Processor(), rows(2), images_of(rows(2)), processes=process(0, 2), progress=False)
+
+
+def test_work_on_something_else_is_said_and_begun_afresh(tmp_path, capsys):
+    some = rows(40)
+    images = images_of(some)
+    for last in (12, 13):
+        with pytest.raises(KilledError):
+            predict_parts(Mean(last=last), Processor(), some, images, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.glob("*.npz"))) == 6
+    assert f"going on from 3 parts in {folder}" in capsys.readouterr().out
+    model = Mean()
+    predict_parts(model, Processor(), some, images, tmp_path)
+    assert len(model.seen) == 40 - 6 * 4
+    model = Mean(weight=1.5)
+    predict_parts(model, Processor(), some, images, tmp_path)
+    assert len(model.seen) == 40
+    assert f"{folder} holds unfinished work on another model, data or options" in capsys.readouterr().out
+
+
+def test_what_makes_other_detections_makes_another_fingerprint():
+    def rows_of(name):
+        pictures = [{"path": f"{name}/{index}.png", "bytes": None} for index in range(3)]
+        features = datasets.Features({"image_id": datasets.Value("int64"), "image": datasets.Image(decode=False)})
+        return datasets.Dataset.from_dict({"image_id": [0, 1, 2], "image": pictures}, features)
+
+    images, options = [{"id": index, "file_name": f"{index}.png"} for index in range(3)], {"top_k": 100}
+    same = {fingerprint(Mean(), Processor(), rows_of("a"), images, options) for _ in range(2)}
+    other_config = Mean()
+    other_config.config = SimpleNamespace(to_dict=lambda: {"top_k_ratio": 0.5})
+    others = [
+        fingerprint(Mean(1.5), Processor(), rows_of("a"), images, options),
+        fingerprint(Mean().double(), Processor(), rows_of("a"), images, options),
+        fingerprint(other_config, Processor(), rows_of("a"), images, options),
+        fingerprint(Mean(), SimpleNamespace(to_dict=lambda: {"size": 4}), rows_of("a"), images, options),
+        fingerprint(Mean(), Processor(), rows_of("b"), images, options),
+        fingerprint(Mean(), Processor(), rows_of("a").select([1, 0, 2]), images, options),
+        fingerprint(Mean(), Processor(), rows_of("a"), images[:2], options),
+        fingerprint(Mean(), Processor(), rows_of("a"), images, {"top_k": 10}),
+    ]
+    assert len(same) == 1 and len({*same, *others}) == 9
+
+
+def test_a_stream_is_never_held(tmp_path):
+    """Few pictures live at any moment, and detections are arrays of their own."""
+    alive, most = set(), 0
+
+    def stream():
+        nonlocal most
+        for index in range(700):
+            image = picture(index)
+            alive.add(index)
+            weakref.finalize(image, alive.discard, index)
+            most = max(most, len(alive))
+            yield {"image_id": index, "image": image}
+
+    images = [{"id": index} for index in range(700)]
+    found = predict_parts(Mean(), Processor(), stream(), images, tmp_path, batch_size=4, progress=False)
+    assert len(found) == 700 and most <= 4 * 4 + 2
+    assert len(list(tmp_path.glob("*/*.npz"))) == 700 // part_size(700, 4) + 1
+    result = predict(Mean(), Processor(), rows(4), batch_size=4, progress=False)[1000]
+    assert all(array.base is None or array.base.nbytes <= array.nbytes for array in result.values())
+
+
+def test_pictures_of_a_stream_that_nobody_annotated_are_named():
+    some = rows(5)
+    with pytest.raises(ValueError, match="image_id 972 has no entry in the annotations"):
+        predict_parts(Mean(), Processor(), iter(some), images_of(some[:4]), progress=False)
+
+
+def test_a_dataset_and_its_stream_give_the_same_figures_and_files(tmp_path):
+    """A repeated picture counts once, and one that is annotated but not there is an error."""
+    data = [
+        row | {"file_name": f"{row['image_id']}.png", "width": row["image"].width, "height": row["image"].height}
+        for row in rows(9)
+    ]
+    for row in data:
+        row["objects"] = [{"id": row["image_id"], "category_id": 0, "bbox": [0.0, 0.0, 4.0, 4.0], "area": 16.0}]
+        row["objects"][0]["iscrowd"] = 0
+    dataset = canonical_dataset(data, [{"id": 0, "name": "thing"}])
+    annotations = ground_truth(dataset)
+    written = []
+    for name, source in (
+        ("dataset", dataset),
+        ("stream", dataset.to_iterable_dataset(num_shards=2)),
+        ("repeated", datasets.concatenate_datasets([dataset, dataset.select([3, 3])])),
+    ):
+        folder = tmp_path / name
+        metrics = evaluate(Mean(), Processor(), source, annotations, folder, batch_size=2, progress=False)
+        assert metrics["num_images"] == 9 and metrics["num_detections"] == 0 or metrics["num_detections"] == 9
+        written.append((folder / "detections.json").read_bytes() + (folder / "metrics.json").read_bytes())
+        assert not (folder / "parts").exists()
+    assert len(set(written)) == 1
+    with pytest.raises(ValueError, match="1 of 9 annotated pictures are not in the dataset"):
+        evaluate(Mean(), Processor(), dataset.to_iterable_dataset().take(8), annotations, progress=False)
