@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
     logging.disable_progress_bar()  # of each weight that is loaded
     Path(args.output).mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
+    about = {"model": source_of_model, "data": args.data, "split": args.split}
+    (Path(args.output) / "evaluation.json").write_text(json.dumps(about, indent=2) + "\n")
     other = None if args.against is None else json.loads(Path(args.against).read_text())
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
 
