@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument(
         "--speed", action="store_true", help="measure speed and, on a GPU, training memory on this machine"
     )
+    cost.add_argument(
+        "--top-k-ratio", type=float, metavar="R", help="keep this share of the queries after every stage but the last"
+    )
     cost.add_argument("--device", help="where to measure them (default: a GPU if there is one)")
     cost.add_argument("--output", metavar="FILE", help="where to write the figures as json")
 
@@ -129,8 +132,9 @@ def _cost(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..modeling.configuration_drmm import DrmmConfig
     from ..training.arguments import load_recipe
 
+    selection = {} if args.top_k_ratio is None else {"top_k_ratio": args.top_k_ratio, "top_k_last_stage": False}
     if args.model.endswith((".yaml", ".yml")):
-        recipe = load_recipe(args.model)
+        recipe = load_recipe(args.model, selection)
         config = DrmmConfig(**recipe.model)
         figures = model_cost(hollow_model(config), *args.size)
         if args.speed:
@@ -147,6 +151,7 @@ def _cost(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from ..evaluation.predict import load_detector
 
         model, _ = load_detector(find_source(args.model), args.device)
+        model.config.update(selection)
         figures = model_cost(model, *args.size)
         if args.speed:
             figures |= measured_cost(model, *args.size)

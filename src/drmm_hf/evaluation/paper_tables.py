@@ -137,8 +137,9 @@ class Result:
         recipe (`dict[str, Any]`): Its fields, resolved: those of the sections model, data and training in one.
         data (`str`): Name of the data that were measured.
         split (`str`): Their split.
-        files (`dict[str, dict]`): Contents of `metrics`, `duplicates`, `likelihood`, `cost` and `summary`, those
-            there are; `nms` and `wta` are metrics after these.
+        files (`dict[str, dict]`): Contents of `metrics`, `duplicates`, `likelihood`, `calibration`, `assignments`,
+            `cost` and `summary`, those there are; `nms` and `wta` are metrics after these.
+        places (`list[Path]`): Folders that they are from.
     """
 
     run: Path
@@ -146,6 +147,7 @@ class Result:
     data: str
     split: str
     files: dict[str, dict] = field(default_factory=dict)
+    places: list[Path] = field(default_factory=list)
 
     @property
     def is_coco(self) -> bool:
@@ -274,7 +276,7 @@ def find_results(
     Raises:
         FileNotFoundError: If a folder does not exist.
     """
-    found: dict[tuple[Path, str, str], Result] = {}
+    found: dict[tuple[Any, ...], Result] = {}
     runs: dict[Path, Mapping[str, Any]] = {}
     strangers = []
     for folder in map(Path, folders):
@@ -292,19 +294,24 @@ def find_results(
             own = run == place
             data = about.get("data", recipe["source"])
             split = about.get("split", recipe["val_split"] if own else place.name)
-            key = run, _data_name(str(data)), split
+            selects = about.get("top_k_ratio")
+            if selects is not None:
+                recipe |= {"top_k_ratio": selects, "top_k_last_stage": False}
+            key = run, _data_name(str(data)), split, selects
             result = found.setdefault(key, Result(run, recipe, key[1], split))
+            result.places.append(place)
             for path in (place / f"{name}.json" for name in _FILES):
                 content = _read(path)
                 if content:
                     applied = path.stem == "metrics" and content.get("deduplication")
                     result.files[applied["method"] if applied else path.stem] = content
             result.files.setdefault("summary", _read(run / "summary.json"))
-            result.files.setdefault("cost", _read(run / "cost.json"))
+            if selects is None:
+                result.files.setdefault("cost", _read(run / "cost.json"))
     return list(found.values()), strangers
 
 
-_FILES = ("metrics", "duplicates", "likelihood", "cost", "summary")
+_FILES = ("metrics", "duplicates", "likelihood", "cost", "summary", "calibration", "assignments")
 
 
 def _run_of(place: Path, about: Mapping[str, Any]) -> Path | None:
