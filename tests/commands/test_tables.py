@@ -66,7 +66,7 @@ def recipe_of(words):
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8, 9, 10, 11])
 def test_other_recipes_are_trained_as_every_row_of_the_table(number):
     table = paper_table(number)
-    commands = tables.training_commands(table, [str(TINY)], [0, 1], "out", {})
+    commands = tables.training_commands(table, [str(TINY)], [0, 1], "out", {"hidden-size": "32"})  # as AdaMixer needs
     seen = set()
     for folder, words in commands.items():
         recipe = recipe_of(words)
@@ -103,10 +103,11 @@ def test_a_paper_recipe_gives_its_own_rows_with_their_overrides(capsys):
 @pytest.fixture
 def in_process(monkeypatch):
     """Run what would be a process of its own in this one; return the list of commands."""
-    started = []
+    started, others = [], subprocess.run
 
-    def start(words, **_):
-        assert words[1:3] == ["-m", "drmm_hf"]
+    def start(words, **options):
+        if words[1:3] != ["-m", "drmm_hf"]:
+            return others(words, **options)
         started.append(words[3:])
         assert main(words[3:]) == 0
         AcceleratorState._reset_state(reset_partial_state=True)

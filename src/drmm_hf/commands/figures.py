@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 
@@ -94,7 +95,11 @@ def _title(result: Result) -> str:
     role = _role(result)
     decoder = _DECODERS[result.recipe["decoder_type"]]
     names = {"box": decoder, "nll": f"NLL, {decoder}", "nll_mcm": f"D-RMM, {decoder}"}
-    return names.get(role, f"{role}, {decoder}")
+    name = names.get(role, f"{role}, {decoder}")
+    for field, word in (("num_ground_truth_copies", "copies"), ("num_query_groups", "groups")):
+        if result.recipe[field] > 1:
+            name += f", {result.recipe[field]} {word}"
+    return name
 
 
 def _same_data(results: Sequence[Result]) -> Sequence[Result]:
@@ -116,9 +121,11 @@ def figure_2(results: Sequence[Result], strangers: Sequence[Path], args: argpars
     from ..evaluation.calibration import CalibrationResult
     from ..visualization.plots import reliability_diagrams
 
-    found = {
-        _title(result): result.files["metrics"] for result in _without_selection(results) if "metrics" in result.files
-    }
+    found = {}
+    for result in _without_selection(results):
+        if "metrics" in result.files:
+            name = _title(result)
+            found[f"{name} ({result.run.name})" if name in found else name] = result.files["metrics"]
     for place in strangers:
         about, path = place / "evaluation.json", place / "metrics.json"
         if path.is_file():
@@ -213,12 +220,16 @@ def figure_11(results: Sequence[Result], _: Sequence[Path], args: argparse.Names
     """Draw AP against the share of queries that is kept."""
     from ..visualization.paper_figures import selection_curves
 
-    curves: dict[str, list[tuple[float, float]]] = {}
+    values: dict[str, dict[float, list[float]]] = {}
     for result in sorted(_selected(11, results), key=lambda result: result.recipe["num_queries"]):
-        ratio = result.recipe["top_k_ratio"] or 1.0
-        name = f"{_title(result)}, {result.recipe['num_queries']} queries"
-        curves.setdefault(name, []).append((ratio, result.files["metrics"]["AP"]))
-    return selection_curves({name: points for name, points in curves.items() if len(points) > 1}, args.output)
+        name, ratio = f"{_title(result)}, {result.recipe['num_queries']} queries", result.recipe["top_k_ratio"] or 1.0
+        values.setdefault(name, {}).setdefault(ratio, []).append(result.files["metrics"]["AP"])
+    curves = {
+        name: [(ratio, mean(points)) for ratio, points in ratios.items()]  # over seeds
+        for name, ratios in values.items()
+        if len(ratios) > 1
+    }
+    return selection_curves(curves, args.output)
 
 
 def figure_12(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
