@@ -25,6 +25,14 @@ COMMANDS = {
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
     "convert": ("turn a public checkpoint into a model folder", "drmm convert drmm_r50.pth runs/drmm_r50"),
     "benchmark": ("measure speed beside that of others", "drmm benchmark loader DATA --split val"),
+    "tables": (
+        "print a table of the paper beside what has been measured here",
+        "drmm tables 2 --results runs",
+    ),
+    "figures": (
+        "draw a figure of the paper from what has been measured here",
+        "drmm figures 7 --results runs/bccd --output figure7.pdf",
+    ),
     "doctor": ("look for what is wrong with data before training on them", "drmm doctor DATA"),
 }
 

@@ -29,6 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--shortest-edge", type=int, default=800, metavar="PX", help="shorter side (default: 800)")
     loader.add_argument("--longest-edge", type=int, default=1333, metavar="PX", help="its bound (default: 1333)")
     loader.add_argument("--output", metavar="FILE", help="where to write the figures as json")
+    cost = kinds.add_parser("cost", help="parameters and multiply-adds of a detector; with --speed, pictures a second")
+    cost.set_defaults(measure=_cost)
+    cost.add_argument(
+        "model", metavar="MODEL_OR_RECIPE", help="folder or Hub id of a detector, or a recipe's yaml file"
+    )
+    cost.add_argument(
+        "--size", type=int, nargs=2, default=[800, 1280], metavar=("H", "W"), help="model input (default: 800 1280)"
+    )
+    cost.add_argument(
+        "--speed", action="store_true", help="measure speed and, on a GPU, training memory on this machine"
+    )
+    cost.add_argument(
+        "--top-k-ratio", type=float, metavar="R", help="keep this share of the queries after every stage but the last"
+    )
+    cost.add_argument("--device", help="where to measure them (default: a GPU if there is one)")
+    cost.add_argument("--output", metavar="FILE", help="where to write the figures as json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,6 +89,73 @@ def loader_table(figures: Mapping[str, Any]) -> str:
             f"workers, {figures['repetitions']} turns each, in brackets the slowest and fastest",
         ]
     )
+
+
+def cost_table(figures: Mapping[str, Any]) -> str:
+    """Return what a detector costs as lines of text.
+
+    Args:
+        figures (`Mapping`): From `drmm_hf.benchmarks.cost.model_cost`, with those of `measured_cost` if measured.
+
+    Returns:
+        `str`: A line a part of the model and a kind of operation, then speed and memory.
+    """
+
+    def millions(count: float) -> str:
+        return f"{count / 1e6:.1f}"
+
+    def billions(count: float) -> str:
+        return f"{count / 1e9:.2f}"
+
+    lines = [f"{'':<26}{'parameters (M)':>16}{'trained (M)':>14}{'multiply-adds (G)':>20}"]
+    for name, part in [*figures["parts"].items(), ("all", figures)]:
+        columns = (millions(part["total_parameters"]), millions(part["trainable_parameters"]))
+        lines.append(f"{name:<26}{columns[0]:>16}{columns[1]:>14}{billions(part['multiply_adds']):>20}")
+    lines += ["", "of these"]
+    named = [(name.replace("_", " "), count) for name, count in figures["operations"].items()]
+    lines += [f"{name:<26}{billions(count):>50}" for name, count in named]
+    lines += ["not among these", f"{'sampling of the maps':<26}{billions(figures['sampling']):>50}"]
+    lines += [f"{name:<26}{billions(count):>50}" for name, count in figures["elementwise"].items()]
+    lines += [f"{'as counted by layers':<26}{billions(figures['layer_operations']):>50}", ""]
+    height, width = figures["size"]
+    lines.append(f"one picture of {height} x {width}; {figures['num_labels']} classes")
+    speed = figures.get("pictures_per_second")
+    measured = "not run" if speed is None else f"{speed:.2f} on {figures['device']}, one picture a batch"
+    memory = figures.get("training_memory")
+    lines.append(f"pictures a second: {measured}")
+    lines.append(f"training memory: {'not run' if memory is None else f'{memory / 1e9:.1f} GB'}")
+    return "\n".join(lines)
+
+
+def _cost(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ..benchmarks.cost import hollow_model, measured_cost, model_cost
+    from ..modeling.configuration_drmm import DrmmConfig
+    from ..training.arguments import load_recipe
+
+    selection = {} if args.top_k_ratio is None else {"top_k_ratio": args.top_k_ratio, "top_k_last_stage": False}
+    if args.model.endswith((".yaml", ".yml")):
+        recipe = load_recipe(args.model, selection)
+        config = DrmmConfig(**recipe.model)
+        figures = model_cost(hollow_model(config), *args.size)
+        if args.speed:
+            import torch
+
+            from ..modeling.modeling_drmm import DrmmForObjectDetection
+
+            device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            figures |= measured_cost(DrmmForObjectDetection(config).to(device), *args.size)
+        if args.output is not None and not (Path(args.output).parent / "recipe.yaml").exists():
+            recipe.save(Path(args.output).parent / "recipe.yaml")  # tells `drmm tables` whose costs these are
+    else:
+        from ..conversion.model_source import find_source
+        from ..evaluation.predict import load_detector
+
+        model, _ = load_detector(find_source(args.model), args.device)
+        model.config.update(selection)
+        figures = model_cost(model, *args.size)
+        if args.speed:
+            figures |= measured_cost(model, *args.size)
+    return figures, cost_table(figures)
 
 
 def _loader(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

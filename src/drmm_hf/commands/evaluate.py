@@ -70,6 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", metavar="FILE", help="likelihood.json of another model, to set beside it as Table 9 does"
     )
+    parser.add_argument(
+        "--assignments",
+        type=int,
+        metavar="N",
+        help="tell which predictions training matches, on N pictures (box heads)",
+    )
+    parser.add_argument(
+        "--top-k-ratio", type=float, metavar="R", help="keep this share of the queries after every stage but the last"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -87,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"both the model {args.model!r} and --detections are given; the rule is one of them.")
         if args.losses or args.against:
             raise ValueError("--losses needs a model: boxes and scores alone have no density.")
+        if args.assignments or args.top_k_ratio:
+            raise ValueError("--assignments and --top-k-ratio need a model.")
         args.model, args.data = None, args.model
     elif args.data is None:
         raise ValueError("DATA is missing: drmm evaluate MODEL DATA, or drmm evaluate DATA --detections FILE.")
@@ -94,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
+    from ..evaluation.assignments import assignments, check_matching
     from ..evaluation.evaluate import category_of_label, class_table, evaluate, measure
     from ..evaluation.likelihood import check_density
     from ..evaluation.parts import launched_processes
@@ -110,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
+    if processes is None or processes.is_main_process:
+        about = {"model": model_source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
+        (output / "evaluation.json").write_text(json.dumps(about, indent=2) + "\n")
     other = None if args.against is None else json.loads(Path(args.against).read_text())
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
 
@@ -120,6 +135,12 @@ def run(args: argparse.Namespace) -> int:
         model, processor = load_detector(model_source, args.device if processes is None else processes.device)
         if args.losses or other:
             check_density(model.config)
+        if args.assignments:
+            check_matching(model.config)
+        if args.top_k_ratio is not None:
+            model.config.top_k_last_stage = False
+            model.config.top_k_ratio = args.top_k_ratio
+            model.config.validate_architecture()
         categories = annotations["categories"]
         classes = class_table(model.config, categories, category_of_label(model.config, categories))
         if processes is None or processes.is_main_process:
@@ -147,5 +168,9 @@ def run(args: argparse.Namespace) -> int:
         written += [f"{name}.json", *draw_report(name, report, output, picture)]
     if other:
         print(f"\n{comparison_table(losses, other)}")
+    if args.assignments:
+        matched = assignments(model, processor, dataset, annotations, num_images=args.assignments)
+        (output / "assignments.json").write_text(json.dumps(matched, allow_nan=False) + "\n")
+        written.append("assignments.json")
     print(f"written to {args.output}: {', '.join(written)}")
     return 0

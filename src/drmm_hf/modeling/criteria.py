@@ -433,6 +433,36 @@ def matching_costs(predictions: BoxPredictions, targets: Targets, config) -> dic
     }
 
 
+def stack_predictions(stages: Sequence[BoxPredictions]) -> BoxPredictions:
+    """Stack the predictions of S stages along a new first dimension."""
+    return BoxPredictions(*(torch.stack(values) for values in zip(*stages, strict=True)))
+
+
+def copy_targets(targets: Targets, copies: int) -> Targets:
+    """Repeat the ground truths of every picture, all of them once and then again: `(B, copies * N, ...)`."""
+    return targets._replace(
+        boxes=targets.boxes.repeat(1, copies, 1),
+        class_labels=targets.class_labels.repeat(1, copies),
+        mask=targets.mask.repeat(1, copies),
+    )
+
+
+def assign(predictions: BoxPredictions, targets: Targets, config) -> Tensor:
+    """Give each ground truth the prediction that learns it, at the least total cost.
+
+    Args:
+        predictions (`BoxPredictions`): of shape `(S, B, K, ...)`.
+        targets (`Targets`): of shape `(B, N, ...)`.
+        config (`DrmmConfig`): reads what `matching_costs` reads.
+
+    Returns:
+        `torch.Tensor` of shape `(S, B, N)`: int64, as `match`.
+
+    Source: Table 2, first row.
+    """
+    return match(sum(matching_costs(predictions, targets, config).values()), targets.mask[..., None])
+
+
 def focal_l1_giou(stages: Sequence[BoxPredictions], targets: Targets, config) -> dict[str, Tensor]:
     """Compute the three terms of Sparse R-CNN's and AdaMixer's loss.
 
@@ -452,15 +482,8 @@ def focal_l1_giou(stages: Sequence[BoxPredictions], targets: Targets, config) ->
 
     Source: Table 2, first row; Table 10 for the copies.
     """
-    predictions = BoxPredictions(*(torch.stack(values) for values in zip(*stages, strict=True)))
-    copies = config.num_ground_truth_copies
-    targets = targets._replace(
-        boxes=targets.boxes.repeat(1, copies, 1),
-        class_labels=targets.class_labels.repeat(1, copies),
-        mask=targets.mask.repeat(1, copies),
-    )
-    cost = sum(matching_costs(predictions, targets, config).values())
-    assigned = match(cost, targets.mask[..., None])
+    predictions, targets = stack_predictions(stages), copy_targets(targets, config.num_ground_truth_copies)
+    assigned = assign(predictions, targets, config)
     matched, index = assigned >= 0, assigned.clamp(min=0)
 
     num_labels = predictions.class_logits.shape[-1]

@@ -14,7 +14,16 @@ from .adamixer_stage import AdaMixerStage, AdaptiveMixing, initial_offset_bias
 from .backbone import DrmmBackbone
 from .boxes import BoxPredictions, frame_scale, image_sizes_from_mask, xyxy_to_cxcywh
 from .configuration_drmm import DrmmConfig
-from .criteria import CRITERIA, Targets, check_labels, pad_targets, reduce_terms
+from .criteria import (
+    CRITERIA,
+    Targets,
+    assign,
+    check_labels,
+    copy_targets,
+    pad_targets,
+    reduce_terms,
+    stack_predictions,
+)
 from .decoder import DrmmDecoder
 from .heads import BoxHead, MixtureHead
 from .mixture import MixtureParameters, floor_scales, log_confidence, log_odds
@@ -283,6 +292,40 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             **predictions[-1],
             auxiliary_outputs=predictions[:-1] or None,
             last_hidden_state=outputs.last_hidden_state,
+        )
+
+    @torch.no_grad()
+    def assignments(
+        self, pixel_values: torch.FloatTensor, labels: list[dict], pixel_mask: torch.LongTensor | None = None
+    ) -> tuple[Tensor, DrmmObjectDetectionOutput]:
+        """Tell which predictions the criterion of a box head would match to each ground truth.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): as `forward`.
+            labels (`list[dict]`): as `forward`.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): as `forward`.
+
+        Returns:
+            `tuple[torch.Tensor, DrmmObjectDetectionOutput]`: the queries `(S, B, N, num_ground_truth_copies)`, int64,
+            -1 where none is left or on padding; and the predictions of all stages, those of the first group of
+            queries.
+
+        Raises:
+            ValueError: with a mixture head, which needs no matching.
+
+        Source: Figures 13 and 14.
+        """
+        if self.config.head_type != "box":
+            raise ValueError(f"head_type={self.config.head_type!r} matches nothing; assignments need a box head.")
+        outputs = self.model(pixel_values, pixel_mask, return_dict=True)
+        check_labels(labels, self.config.num_labels)
+        targets = pad_targets(labels, outputs.image_sizes, outputs.stages[0].boxes.dtype)
+        groups, copies = len(outputs.stages[0].boxes) // len(labels), self.config.num_ground_truth_copies
+        first = [BoxPredictions(*(values[::groups] for values in stage)) for stage in outputs.stages]
+        assigned = assign(stack_predictions(first), copy_targets(targets, copies), self.config)
+        *earlier, last = [self._predictions(stage, outputs.image_sizes) for stage in first]
+        return assigned.unflatten(-1, (copies, -1)).transpose(-1, -2), DrmmObjectDetectionOutput(
+            **last, auxiliary_outputs=earlier or None
         )
 
     def _predictions(self, stage: MixtureParameters | BoxPredictions, image_sizes: Tensor) -> dict[str, Tensor]:

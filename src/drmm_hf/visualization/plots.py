@@ -122,27 +122,14 @@ def confidence_boxes(panels: Sequence[tuple[str, Image, np.ndarray, np.ndarray]]
 
     Source: Fig. 6 and 15, which have red for 0.1 to 0.5 and green for 0.5 to 1; here those are dashed orange and blue.
     """
-    from matplotlib.patches import Rectangle
-
     width, height = panels[0][1].size
-    styles = {
-        "0.1 to 0.5": {"edgecolor": _ORANGE, "linestyle": (0, (4, 2))},
-        "0.5 to 1": {"edgecolor": _BLUE},
-    }
     figure = _figure(4.4 * len(panels), 4.4 * height / width + 0.6)
     for axes, (title, image, boxes, scores) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
-        axes.imshow(image)
-        axes.set_axis_off()
         axes.set_title(title, loc="left", fontsize=10, color=_INK)
-        for box, score in zip(boxes, scores, strict=True):
-            if score > 0.1:
-                style = styles["0.5 to 1" if score > 0.5 else "0.1 to 0.5"]
-                axes.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, linewidth=1.6, **style))
-    samples = [Rectangle((0, 0), 1, 1, fill=False, linewidth=1.6, **style) for style in styles.values()]
-    names = [f"confidence {name}" for name in styles]
-    figure.legend(samples, names, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+        _confident_boxes(axes, image, boxes, scores)
+    _confidence_legend(figure)
     return _save(figure, path)
 
 
@@ -260,6 +247,31 @@ def training_curves(log: str | Path, path: str | Path, title: str = "Training") 
     return _save(figure, path)
 
 
+# Style of a box by the range of its confidence.
+_CONFIDENCES = {"0.1 to 0.5": {"edgecolor": _ORANGE, "linestyle": (0, (4, 2))}, "0.5 to 1": {"edgecolor": _BLUE}}
+
+
+def _confident_boxes(axes: Axes, image: Image, boxes: np.ndarray, scores: np.ndarray) -> None:
+    """Draw a picture and its boxes of confidence above 0.1."""
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(image)
+    axes.set_axis_off()
+    for box, score in zip(boxes, scores, strict=True):
+        if score > 0.1:
+            style = _CONFIDENCES["0.5 to 1" if score > 0.5 else "0.1 to 0.5"]
+            axes.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, linewidth=1.6, **style))
+
+
+def _confidence_legend(figure: Figure) -> None:
+    """Say below a figure what its boxes mean."""
+    from matplotlib.patches import Rectangle
+
+    samples = [Rectangle((0, 0), 1, 1, fill=False, linewidth=1.6, **style) for style in _CONFIDENCES.values()]
+    names = [f"confidence {name}" for name in _CONFIDENCES]
+    figure.legend(samples, names, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+
+
 def _reliability(axes: Axes, result: Any, legend: bool) -> None:
     """Draw the accuracy of every bin and its gap to the confidence."""
     edges = np.asarray(result.bin_edges, dtype=float)
@@ -336,10 +348,13 @@ def _plain(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure."""
+    """Write a figure; what it is follows from the name: png, pdf, svg."""
+    import matplotlib
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters stay letters, as publishers ask
+        figure.savefig(path)
     return path
 
 
