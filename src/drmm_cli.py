@@ -25,6 +25,8 @@ COMMANDS = {
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
     "convert": ("turn a public checkpoint into a model folder", "drmm convert drmm_r50.pth runs/drmm_r50"),
     "benchmark": ("measure speed beside that of others", "drmm benchmark loader DATA --split val"),
+    "audit": ("look for errors in annotations with a model's density", "drmm audit DATA runs/bccd/best --split train"),
+    "compare": ("set detectors side by side on the same data", "drmm compare runs/a/best runs/b/best DATA"),
     "doctor": ("look for what is wrong with data before training on them", "drmm doctor DATA"),
 }
 
