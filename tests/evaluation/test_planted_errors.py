@@ -1,15 +1,21 @@
 """What is planted is what the record says, and nothing else is touched."""
 
 import copy
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 from torchvision.ops import box_convert, box_iou
 
 from drmm_hf.evaluation.planted_errors import KINDS, plant_errors
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "plant_errors.py"
 
 
 def make_annotations(num=30, seed=0):
@@ -35,6 +41,7 @@ def make_annotations(num=30, seed=0):
     return {"images": [{"id": 4, "width": 100, "height": 80}], "annotations": records, "categories": categories}
 
 
+@settings(max_examples=15)
 @given(st.integers(0, 10_000), st.floats(0.05, 1))
 def test_the_record_tells_every_change(seed, share):
     content = make_annotations(seed=seed)
@@ -86,3 +93,16 @@ def test_what_cannot_be_planted_is_refused():
             plant_errors(content, share)
     with pytest.raises(ValueError, match="one category only"):
         plant_errors({**content, "categories": content["categories"][:1]})
+
+
+def test_the_script_writes_both_files_and_counts(tmp_path, monkeypatch, capsys):
+    source, target = tmp_path / "in.json", tmp_path / "out" / "instances_train.json"
+    content = make_annotations()
+    source.write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["plant_errors.py", str(source), str(target), "--share", "0.5", "--seed", "3"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    spoilt, planted = plant_errors(content, 0.5, 3)
+    assert json.loads(target.read_text()) == spoilt
+    assert json.loads((tmp_path / "out" / "planted_errors.json").read_text()) == planted
+    counts = {kind: sum(entry["kind"] == kind for entry in planted) for kind in KINDS}
+    assert capsys.readouterr().out == f"{len(planted)} of 30 annotations spoilt: {counts}\n"
