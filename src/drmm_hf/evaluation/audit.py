@@ -223,6 +223,6 @@ def _top(detections_coco: Sequence[Mapping[str, Any]], top_k: int) -> list[Mappi
 
 
 def _iou(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Return the IoU of each xywh box with each other: `(n, m)`."""
+    """Return the IoU of each xywh box with each other, 0 for two without area: `(n, m)`."""
     boxes = [torch.tensor(part, dtype=torch.float64).reshape(-1, 4) for part in (first, second)]
-    return box_iou(*(box_convert(part, "xywh", "xyxy") for part in boxes))
+    return box_iou(*(box_convert(part, "xywh", "xyxy") for part in boxes)).nan_to_num()
