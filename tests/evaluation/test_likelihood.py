@@ -15,7 +15,7 @@ from conftest import tiny_config
 from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.data.coco import canonical_dataset
 from drmm_hf.evaluation.coco_metrics import ground_truth
-from drmm_hf.evaluation.likelihood import check_density, likelihoods, summarize
+from drmm_hf.evaluation.likelihood import check_density, gather_evidence, likelihoods, summarize
 
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "owl"}]
@@ -238,3 +238,79 @@ def test_what_cannot_be_measured_is_said_in_words(dataset):
     torch.nn.init.constant_(model.model.decoder.layers[1].head.box_scale.bias, math.nan)
     with pytest.raises(ValueError, match="likelihoods are not finite"):
         likelihoods(model, processor, dataset, ground_truth(dataset))
+
+
+def oracle_evidence(model, processor, dataset):
+    """Return the evidence about each annotation in plain loops, from what the model tells the outside."""
+    config, found = model.config, {}
+    for row in dataset:
+        inputs = processor(images=row["image"], return_tensors="pt")
+        with torch.no_grad():
+            outputs = model(inputs["pixel_values"].double(), inputs["pixel_mask"])
+        mask, size = inputs["pixel_mask"][0], np.array([row["width"], row["height"]] * 2)
+        frame = np.array([int(mask[0].sum()), int(mask[:, 0].sum())] * 2, dtype=float)
+        objectness = 1 / (1 + np.exp(-outputs.objectness_logits[0].numpy()))
+        probability = torch.softmax(outputs.class_logits[0], -1).numpy()
+        for item in row["objects"]:
+            if item["iscrowd"]:
+                continue
+            x, y, width, height = item["bbox"]
+            box = np.array([x, y, x + width, y + height]) / size * frame
+            label = config.category_ids.index(item["category_id"])
+            products, agreements, locations = [], [], []
+            for k in range(len(objectness)):
+                cx, cy, w, h = outputs.pred_boxes[0, k].numpy() * frame
+                location = np.array([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+                scales = outputs.box_scales[0, k].numpy() * frame
+                values = [density(config, *side) for side in zip(box, location, scales, strict=True)]
+                peaks = [density(config, *side) for side in zip(location, location, scales, strict=True)]
+                products.append(objectness[k] / objectness.sum() * probability[k, label] * np.prod(values))
+                agreements.append(math.sqrt(np.prod(values) / np.prod(peaks)))
+                locations.append(location / frame * size)
+            best = int(np.argmax(products))
+            plausibility = (objectness * probability[:, label] * agreements).sum()
+            found[item["id"]] = {
+                "nll": -math.log(sum(products)),
+                "log_plausibility": min(math.log(plausibility), 0.0),
+                "log_box": math.log(agreements[best]),
+                "log_class": math.log(probability[best, label] / probability[best].max()),
+                "log_object": math.log(objectness[best]),
+                "scores": objectness[best] * probability[best].max(),
+                "category_ids": config.category_ids[int(probability[best].argmax())],
+                "queries": best,
+                "boxes": locations[best],
+            }
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"min_scale_ratio": 0.1, "coordinate_distribution": "student_t", "student_t_freedom": 3.0}],
+    ids=["cauchy", "student_t"],
+)
+def test_evidence_is_that_of_plain_loops(dataset, overrides):
+    model, processor = make_detector(**overrides)
+    content = ground_truth(dataset)
+    evidence = gather_evidence(model, processor, dataset, content, batch_size=2, progress=False)
+    expected = oracle_evidence(model, processor, dataset)
+    records = [content["annotations"][index] for index in evidence.annotation_indices]
+    assert [record["id"] for record in records] == list(expected)
+    for row, record in enumerate(records):
+        for name, value in expected[record["id"]].items():
+            np.testing.assert_allclose(getattr(evidence, name)[row], value, rtol=2e-5, atol=1e-5, err_msg=name)
+    same = likelihoods(model, processor, dataset, content, progress=False)
+    np.testing.assert_allclose(evidence.nll, same.nll[-1], rtol=1e-9)
+
+
+def test_a_box_that_a_component_predicts_is_as_plausible_as_its_confidence(dataset):
+    """One component with nearly all confidence, an annotation exactly there; then its class is another's."""
+    model, processor = make_detector()
+    content = ground_truth(dataset)
+    few = {**content, "annotations": [{**content["annotations"][0], "iscrowd": 0}]}
+    first = gather_evidence(model, processor, dataset, few, progress=False)
+    x0, y0, x1, y1 = first.boxes[0].tolist()
+    few["annotations"][0] |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": int(first.category_ids[0])}
+    there = gather_evidence(model, processor, dataset, few, progress=False)
+    assert there.queries[0] == first.queries[0] and there.log_box[0] == pytest.approx(0, abs=1e-6)
+    assert there.log_class[0] == pytest.approx(0, abs=1e-9)
+    assert math.exp(there.log_plausibility[0]) >= there.scores[0] * (1 - 1e-6)

@@ -160,3 +160,18 @@ def test_a_confusion_matrix_shows_shares_and_counts(tmp_path, figures):
         (0, 2): "1",
     }
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "no object"]
+
+
+def test_audit_curves_have_a_panel_a_kind_and_a_line_a_ranking(tmp_path, figures):
+    def one(precision, num=4):
+        return {"num": num, "average_precision": 0.5, "precision": precision, "recall": [0.25, 0.5]}
+
+    kinds = {"annotations": one([1, 1]), "moved": one([1, 0.5]), "relabelled": None, "removed": one([0.5, 0.25], 7)}
+    other = kinds | {"moved": one([0.2, 0.1])}
+    path = plots.audit_curves({"density": kinds, "confidence": other}, tmp_path / "new" / "planted.png")
+    assert Image.open(path).width > 500
+    moved, removed = figures[0].axes
+    assert [axes.get_title(loc="left") for axes in (moved, removed)] == ["moved (4)", "removed (7)"]
+    assert [line.get_ydata().tolist() for line in moved.lines] == [[1, 0.5], [0.2, 0.1]]
+    labels = [text.get_text() for text in removed.get_legend().get_texts()]
+    assert labels == ["density, AP 50.0 %", "confidence, AP 50.0 %"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ SIZE_RANGES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (
 # Columns of the terms of a ground truth; the responsibilities of the most responsible components follow them.
 _TERMS = ("nll", "share", "effective_positives", "public_nll", "public_share")
 _NUM_RANKS = 5
+# Columns of the evidence about an annotation; the box of its most responsible component follows them.
+_EVIDENCE = ("nll", "log_plausibility", "log_box", "log_class", "log_object", "scores", "category_ids", "queries")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,18 @@ class Likelihoods:
     responsibilities: np.ndarray
 
 
+def has_density(config: Any) -> bool:
+    """Tell whether a model predicts a density over boxes.
+
+    Args:
+        config (`PreTrainedConfig`): Config of the model.
+
+    Returns:
+        `bool`: Whether it has a mixture head.
+    """
+    return getattr(config, "head_type", None) == "mixture"
+
+
 def check_density(config: Any) -> None:
     """Refuse models that predict no density.
 
@@ -83,13 +97,123 @@ def check_density(config: Any) -> None:
     Raises:
         ValueError: If it has no mixture head.
     """
-    if getattr(config, "head_type", None) != "mixture":
+    if not has_density(config):
         kind = getattr(config, "model_type", type(config).__name__)
         head = f" with head_type {config.head_type!r}" if hasattr(config, "head_type") else ""
         raise ValueError(
             f"model is a {kind!r}{head}, which predicts boxes and scores but no density over boxes; likelihoods need "
             "a D-RMM model with head_type 'mixture'."
         )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Hold what the density of the last stage says of every annotation: n annotations.
+
+    The most responsible component of an annotation is the one with the largest share in its likelihood.
+
+    Attributes:
+        annotation_indices (`np.ndarray` of shape `(n,)`): Position of each among the annotations.
+        nll (`np.ndarray` of shape `(n,)`): -log p(g), Eq. 4-5.
+        log_plausibility (`np.ndarray` of shape `(n,)`): log sum_k o_k p_k(c) sqrt(F_k(b) / F_k(mu_k)), at most 0: the
+            sum of the confidences of all components, each as far as the box agrees with its own.
+        log_box (`np.ndarray` of shape `(n,)`): log sqrt(F(b) / F(mu)) of the most responsible component.
+        log_class (`np.ndarray` of shape `(n,)`): Its log of p(c) over its largest class probability.
+        log_object (`np.ndarray` of shape `(n,)`): Its log o.
+        boxes (`np.ndarray` of shape `(n, 4)`): Its location mu, xyxy, pixels of the original picture.
+        category_ids (`np.ndarray` of shape `(n,)`): Category of its most probable class.
+        scores (`np.ndarray` of shape `(n,)`): Its confidence in that class.
+        queries (`np.ndarray` of shape `(n,)`): Its index.
+    """
+
+    annotation_indices: np.ndarray
+    nll: np.ndarray
+    log_plausibility: np.ndarray
+    log_box: np.ndarray
+    log_class: np.ndarray
+    log_object: np.ndarray
+    boxes: np.ndarray
+    category_ids: np.ndarray
+    scores: np.ndarray
+    queries: np.ndarray
+
+
+class AnnotatedMixtures(NamedTuple):
+    """The annotations of one picture and the mixtures that every stage predicts for it, in pixels of the model input.
+
+    Attributes:
+        indices (`list[int]`): Positions of the n annotations among all.
+        boxes (`torch.Tensor` of shape `(n, 4)`): Their boxes, xyxy, as annotated: those over the border too.
+        class_labels (`torch.Tensor` of shape `(n,)`): Their classes.
+        stages (`list[MixtureParameters]`): K components each.
+        scale (`torch.Tensor` of shape `(2,)`): Width and height of the model input over those of the picture.
+    """
+
+    indices: list[int]
+    boxes: Tensor
+    class_labels: Tensor
+    stages: list[MixtureParameters]
+    scale: Tensor
+
+
+@torch.no_grad()
+def annotated_mixtures(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: datasets.Dataset,
+    annotations: Mapping[str, Any],
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Iterator[AnnotatedMixtures]:
+    """Predict the mixtures of every picture that has annotations other than crowds.
+
+    The network runs in its own precision; what comes out is float64 (float32 where the device has no other).
+
+    Args:
+        model (`torch.nn.Module`): A D-RMM model with mixture heads.
+        processor (`Any`): Its image processor.
+        dataset (`datasets.Dataset`): Pictures in the canonical schema of `drmm_hf.data.coco`.
+        annotations (`Mapping`): Content of their COCO file.
+        batch_size (`int`): Largest number of pictures in a batch.
+        progress (`bool`): Whether to show a progress bar.
+
+    Yields:
+        `AnnotatedMixtures`: Of each such picture once, not in the order of the dataset.
+
+    Raises:
+        ValueError: If the classes of the model or the pictures are not those of the annotations, or these hold no
+            object.
+    """
+    check_images(annotations, dataset["image_id"])
+    mapping = category_of_label(model.config, annotations["categories"])
+    labels = {category_id: label for label, category_id in mapping.items()}
+    records = annotations["annotations"]
+    objects: dict[Any, list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        if not record.get("iscrowd"):
+            objects[record["image_id"]].append(index)
+    if not objects:
+        raise ValueError("the annotations hold no object but crowds; there is nothing to measure.")
+
+    device = next(model.parameters()).device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in picture_batches(processor, dataset, batch_size, progress, "evaluating likelihoods"):
+            outputs = model.base_model(**to_model(batch.inputs, model))
+            for row, (image_id, (height, width)) in enumerate(zip(batch.image_ids, batch.sizes, strict=True)):
+                mine = objects[image_id]
+                if not mine:
+                    continue
+                boxes = torch.tensor([_corners(records[index]["bbox"]) for index in mine], dtype=dtype, device=device)
+                classes = torch.tensor([labels[records[index]["category_id"]] for index in mine], device=device)
+                frame = torch.tensor([width, height], dtype=dtype).to(device)
+                scale = outputs.image_sizes[row].flip(-1).to(dtype) / frame
+                mixtures = [MixtureParameters(*(part[row].to(dtype) for part in stage)) for stage in outputs.stages]
+                yield AnnotatedMixtures(mine, boxes * scale.repeat(2), classes, mixtures, scale)
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -128,52 +252,69 @@ def likelihoods(
     """
     check_density(model.config)
     annotations = load_annotations(annotations)
-    check_images(annotations, dataset["image_id"])
-    mapping = category_of_label(model.config, annotations["categories"])
-    labels = {category_id: label for label, category_id in mapping.items()}
-    records = annotations["annotations"]
-    objects: dict[Any, list[int]] = defaultdict(list)
-    for index, record in enumerate(records):
-        if not record.get("iscrowd"):
-            objects[record["image_id"]].append(index)
-
-    device = next(model.parameters()).device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
     indices: list[int] = []
     terms, log_scales = [], []
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in picture_batches(processor, dataset, batch_size, progress, "evaluating likelihoods"):
-            outputs = model.base_model(**to_model(batch.inputs, model))
-            for row, (image_id, (height, width)) in enumerate(zip(batch.image_ids, batch.sizes, strict=True)):
-                mine = objects[image_id]
-                if not mine:
-                    continue
-                boxes = torch.tensor([_corners(records[index]["bbox"]) for index in mine], dtype=dtype, device=device)
-                classes = torch.tensor([labels[records[index]["category_id"]] for index in mine], device=device)
-                frame = torch.tensor([width, height], dtype=dtype).to(device)
-                scale = outputs.image_sizes[row].flip(-1).to(dtype) / frame
-                mixtures = [MixtureParameters(*(part[row].to(dtype) for part in stage)) for stage in outputs.stages]
-                boxes = boxes * scale.repeat(2)
-                terms.append(torch.stack([_terms(mixture, boxes, classes, model.config) for mixture in mixtures]))
-                log_scales.append(2 * scale.log().sum().expand(len(mine)))
-                indices += mine
-    finally:
-        model.train(was_training)
+    for picture in annotated_mixtures(model, processor, dataset, annotations, batch_size, progress):
+        arguments = picture.boxes, picture.class_labels, model.config
+        terms.append(torch.stack([_terms(mixture, *arguments) for mixture in picture.stages]))
+        log_scales.append(2 * picture.scale.log().sum().expand(len(picture.indices)))
+        indices += picture.indices
 
-    if not terms:
-        raise ValueError("the annotations hold no object but crowds; there is nothing to measure.")
     order = np.argsort(indices)
-    values = torch.cat(terms, dim=1).cpu().numpy().astype(np.float64)[:, order]
-    if not np.isfinite(values).all():
-        raise ValueError("the likelihoods are not finite; look at the model's weights, or run it in float32.")
+    values = _finite(torch.cat(terms, dim=1))[:, order]
     columns = dict(zip(_TERMS, np.moveaxis(values[..., : len(_TERMS)], -1, 0), strict=True))
     return Likelihoods(
         annotation_indices=np.array(indices)[order],
         log_scales=torch.cat(log_scales).cpu().numpy().astype(np.float64)[order],
         responsibilities=values[..., len(_TERMS) :],
         **columns,
+    )
+
+
+def gather_evidence(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: datasets.Dataset,
+    annotations: str | Path | Mapping[str, Any],
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Evidence:
+    """Ask the density that a model predicts for each picture how well each annotation agrees with it.
+
+    The likelihood itself depends on how large an object and how sharp its edges are, since a density has a unit. The
+    plausibility sets each component's density beside its own peak instead; the square root is how the probability of
+    a deviation at least as large falls, for Cauchy densities. It has the objectness instead of the mixing coefficient,
+    which depends on how many other objects there are. For a box that is a component's own it is the confidence.
+
+    Args:
+        model (`torch.nn.Module`): A D-RMM model with mixture heads.
+        processor (`Any`): Its image processor.
+        dataset (`datasets.Dataset`): Pictures in the canonical schema of `drmm_hf.data.coco`.
+        annotations (`str`, `Path` or `Mapping`): Their COCO json file, or what it holds. Crowds are left out.
+        batch_size (`int`): Largest number of pictures in a batch.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        `Evidence`: In the order of the annotations.
+
+    Raises:
+        ValueError: As `likelihoods` does.
+    """
+    check_density(model.config)
+    annotations = load_annotations(annotations)
+    mapping = category_of_label(model.config, annotations["categories"])
+    indices: list[int] = []
+    columns, boxes = [], []
+    for picture in annotated_mixtures(model, processor, dataset, annotations, batch_size, progress):
+        columns.append(_evidence(picture, mapping, model.config))
+        boxes.append(columns[-1][:, len(_EVIDENCE) :] / picture.scale.repeat(2))
+        indices += picture.indices
+    order = np.argsort(indices)
+    values = dict(zip(_EVIDENCE, _finite(torch.cat(columns)[:, : len(_EVIDENCE)])[order].T, strict=True))
+    integers = {name: values.pop(name).astype(int) for name in ("category_ids", "queries")}
+    return Evidence(
+        annotation_indices=np.array(indices)[order], boxes=_finite(torch.cat(boxes))[order], **values, **integers
     )
 
 
@@ -226,6 +367,37 @@ def _terms(mixture: MixtureParameters, boxes: Tensor, class_labels: Tensor, conf
     columns = (-total, torch.exp(largest - total), effective_number_of_positives(log_p), -public_total, public_share)
     ranked = F.pad(responsibilities(log_p), (0, _NUM_RANKS)).topk(_NUM_RANKS, dim=-1).values
     return torch.cat([torch.stack(columns, dim=-1), ranked], dim=-1)
+
+
+def _evidence(picture: AnnotatedMixtures, mapping: Mapping[int, int], config: Any) -> Tensor:
+    """Return the evidence about the `n` annotations of one picture: `(n, len(_EVIDENCE) + 4)`."""
+    mixture = picture.stages[-1]
+    scales = floor_scales(mixture.scales, mixture.boxes, config.min_scale_ratio)
+    kind = config.coordinate_distribution, config.student_t_freedom
+    log_density = log_coordinate_density(picture.boxes, mixture.boxes, scales, *kind)
+    log_peak = log_coordinate_density(mixture.boxes[:, None], mixture.boxes[:, None], scales[:, None], *kind)
+    log_agreement = (log_density - log_peak.flatten()) / 2
+    log_class = log_class_probability(mixture.class_logits, picture.class_labels)
+    log_object = F.logsigmoid(mixture.objectness_logits)
+    log_p = mixture.log_mixing + log_density + log_class
+    plausibility = (log_object + log_class + log_agreement).logsumexp(dim=-1).clamp(max=0)
+
+    query = log_p.argmax(dim=-1)
+    known = torch.tensor(list(mapping), device=query.device)  # labels that the data has
+    log_best, label = mixture.class_logits.log_softmax(dim=-1)[query][:, known].max(dim=-1)
+    category_ids = torch.tensor(list(mapping.values()), device=query.device)[label]
+    log_box, log_own_class = (part.gather(-1, query[:, None])[:, 0] for part in (log_agreement, log_class))
+    score = (log_object[query] + log_best).exp()
+    columns = -log_p.logsumexp(dim=-1), plausibility, log_box, log_own_class - log_best, log_object[query], score
+    return torch.cat([torch.stack([*columns, category_ids, query], dim=-1), mixture.boxes[query]], dim=-1)
+
+
+def _finite(values: Tensor) -> np.ndarray:
+    """Return checked figures on the CPU."""
+    array = values.cpu().numpy().astype(np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("the likelihoods are not finite; look at the model's weights, or run it in float32.")
+    return array
 
 
 def _group(result: Likelihoods, members: np.ndarray) -> dict[str, Any]:

@@ -199,6 +199,35 @@ def confusion_diagram(confusion: Mapping[str, Any], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def audit_curves(scored: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw precision against recall of finding planted errors, a panel a kind, a line a ranking.
+
+    Args:
+        scored (`Mapping`): Name of the ranking to what `drmm_hf.evaluation.audit.score_audit` returns.
+        path (`str` or `Path`): Picture to write; its folder is made.
+
+    Returns:
+        `Path`: The picture.
+    """
+    kinds = [kind for kind, one in next(iter(scored.values())).items() if one is not None and kind != "annotations"]
+    figure = _figure(1 + 3.6 * len(kinds), 3.9)
+    styles = zip((_BLUE, _ORANGE), ("-", (0, (4, 2))), strict=True)
+    styles = dict(zip(scored, styles, strict=False))
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        for name, one in scored.items():
+            shade, dashes = styles[name]
+            label = f"{name}, AP {100 * one[kind]['average_precision']:.1f} %"
+            axes.plot(one[kind]["recall"], one[kind]["precision"], color=shade, linestyle=dashes, label=label)
+        axes.set(xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
+        axes.set_title(
+            f"{kind} ({next(iter(scored.values()))[kind]['num']})", loc="left", fontweight="bold", color=_INK
+        )
+        axes.legend(frameon=False, fontsize=9, loc="best")
+        _plain(axes)
+    figure.axes[0].set_ylabel("precision")
+    return _save(figure, path)
+
+
 def training_curves(log: str | Path, path: str | Path, title: str = "Training") -> Path:
     """Draw the loss and, for each stage, the share of the leading component over the training steps.
 

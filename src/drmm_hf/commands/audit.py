@@ -1,0 +1,244 @@
+"""`drmm audit`: look for errors in annotations with a model's density."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import datasets
+_ON_PNG = 24  # crops on a picture; the page of html has --worst of them
+_LISTED = 5  # entries that are printed
+_DOUBTFUL = 0.05  # plausibility below which annotations are counted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The command's parser.
+    """
+    parser.add_argument("data", metavar="DATA", help="COCO folder, Hub id or image folder")
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a D-RMM model")
+    parser.add_argument("--split", default="train", help="split of the data (default: train)")
+    parser.add_argument("--output", default="runs/audit", metavar="DIR", help="where to write (default: runs/audit)")
+    parser.add_argument("--worst", type=int, default=100, metavar="N", help="crops on the page, of each kind")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
+    parser.add_argument("--top-k", type=int, default=100, metavar="K", help="predictions a picture (default: 100)")
+    parser.add_argument(
+        "--planted", metavar="FILE", help="measure the audit: planted_errors.json of scripts/plant_errors.py"
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rank annotations and missing ones, write them and their crops, and print the worst.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments.
+
+    Returns:
+        `int`: 0.
+    """
+    from transformers.utils import logging
+
+    from ..conversion.model_source import find_source
+    from ..data.coco import coco_paths, load_detection_dataset
+    from ..data.labels import LabelMap
+    from ..evaluation.audit import audit
+    from ..evaluation.coco_metrics import ground_truth, load_annotations
+    from ..evaluation.evaluate import category_of_label
+    from ..evaluation.likelihood import check_density, gather_evidence
+    from ..evaluation.predict import load_detector, predict
+
+    source = find_source(args.model)
+    paths = coco_paths(args.data, args.split)
+    dataset = load_detection_dataset(args.data, args.split, invalid="skip")
+    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    planted = None if args.planted is None else json.loads(Path(args.planted).read_text())
+    logging.disable_progress_bar()  # of each weight that is loaded
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
+
+    model, processor = load_detector(source, args.device)
+    check_density(model.config)
+    mapping = category_of_label(model.config, annotations["categories"])
+    label_map = LabelMap.from_categories(annotations["categories"])
+    evidence = gather_evidence(model, processor, dataset, annotations, batch_size=args.batch_size)
+    detections = predict(model, processor, dataset, args.batch_size, top_k=args.top_k)
+    detections = detections.relabel({label: label_map.label(one) for label, one in mapping.items()})
+    entries = detections.to_coco(label_map)
+    (output / "detections.json").write_text(json.dumps(entries))
+    result = audit(annotations, evidence, entries, args.top_k)
+    (output / "audit.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    written = ["audit.json", "detections.json", *draw_sheets(result, dataset, annotations, output, args.worst)]
+    print(summary(result, annotations))
+    if planted is not None:
+        scored, files = measure_audit(result, annotations, entries, planted, output, args.top_k)
+        written += files
+        print(f"\n{score_table(scored)}")
+    print(f"written to {output}: {', '.join(written)}")
+    return 0
+
+
+def summary(result: Mapping[str, Any], annotations: Mapping[str, Any]) -> str:
+    """Return the worst entries of an audit as lines of text.
+
+    Args:
+        result (`Mapping`): From `drmm_hf.evaluation.audit.audit`.
+        annotations (`Mapping`): The COCO annotations.
+
+    Returns:
+        `str`: A line each for the least plausible annotations and the most confident missing ones, then counts.
+    """
+    files, names = _names(annotations)
+    lines = ["least plausible annotations"]
+    for entry in result["annotations"][:_LISTED]:
+        lines.append(f"  {files[entry['image_id']]}  {'  '.join(_annotation_lines(entry, names))}")
+    lines.append("predictions without annotation")
+    for entry in result["missing"][:_LISTED]:
+        lines.append(f"  {files[entry['image_id']]}  {'  '.join(_missing_lines(entry, names))}")
+    doubtful = [entry for entry in result["annotations"] if entry["plausibility"] < _DOUBTFUL]
+    reasons = Counter(entry["reason"] for entry in doubtful)
+    confident = sum(entry["score"] >= 0.5 for entry in result["missing"])
+    lines += [
+        "",
+        f"{result['num_images']} images; {len(result['annotations'])} annotations, {len(doubtful)} of them below a "
+        f"plausibility of {_DOUBTFUL}" + (f" ({_counts(reasons)})" if reasons else ""),
+        f"{confident} predictions of 0.5 and more without annotation; {result['num_crowds']} crowds left out",
+    ]
+    return "\n".join(lines)
+
+
+def draw_sheets(
+    result: Mapping[str, Any], dataset: datasets.Dataset, annotations: Mapping[str, Any], output: Path, worst: int
+) -> list[str]:
+    """Draw crops of the worst entries: a page of html, and a picture of each kind.
+
+    Args:
+        result (`Mapping`): From `drmm_hf.evaluation.audit.audit`.
+        dataset (`datasets.Dataset`): The pictures, in the canonical schema.
+        annotations (`Mapping`): Their COCO annotations.
+        output (`Path`): Folder to write to.
+        worst (`int`): Entries of each kind on the page; the first 24 of them are on the picture.
+
+    Returns:
+        `list[str]`: Names of the files.
+    """
+    import datasets
+
+    from ..data.loading import load_image
+    from ..visualization.contact_sheet import Card, contact_sheet, crop, html_sheet
+
+    files, names = _names(annotations)
+    rows = {image_id: row for row, image_id in enumerate(dataset["image_id"])}
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    image = lru_cache(8)(lambda image_id: load_image(dataset[rows[image_id]]))
+    sections, written = {}, ["audit.html"]
+    for heading, key, describe in (
+        ("Least plausible annotations", "annotations", _annotation_lines),
+        ("Predictions without annotation", "missing", _missing_lines),
+    ):
+        sections[heading] = cards = []
+        for entry in result[key][:worst]:
+            boxes = (entry["bbox"], entry["suggestion"]["bbox"]) if key == "annotations" else (None, entry["bbox"])
+            cards.append(
+                Card(crop(image(entry["image_id"]), *boxes), [*describe(entry, names), files[entry["image_id"]]])
+            )
+        if cards:
+            contact_sheet(cards[:_ON_PNG]).save(output / f"{key}.png")
+            written.append(f"{key}.png")
+    counts = f"{result['num_images']} images, {len(result['annotations'])} annotations"
+    counts += f", {result['num_crowds']} crowds left out"
+    (output / "audit.html").write_text(html_sheet("Audit of annotations", sections, [counts]), encoding="utf-8")
+    return written
+
+
+def measure_audit(
+    result: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    planted: Sequence[Mapping[str, Any]],
+    output: Path,
+    top_k: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """Measure how well an audit finds planted errors, beside one by confidences alone.
+
+    Args:
+        result (`Mapping`): From `drmm_hf.evaluation.audit.audit`.
+        annotations (`Mapping`): The spoilt annotations.
+        entries (`Sequence[Mapping]`): The detections, as COCO results.
+        planted (`Sequence[Mapping]`): The record of what was planted.
+        output (`Path`): Folder to write `planted.json` and `planted.png` to.
+        top_k (`int`): Number of predictions a picture.
+
+    Returns:
+        `tuple[dict, list[str]]`: `density` and `confidence`, from `score_audit`; the names of the files.
+    """
+    from transformers.utils import is_matplotlib_available
+
+    from ..evaluation.audit import confidence_audit, score_audit
+    from ..visualization.plots import audit_curves
+
+    scored = {"density": score_audit(result, planted)}
+    scored["confidence"] = score_audit(confidence_audit(annotations, entries, top_k), planted)
+    (output / "planted.json").write_text(json.dumps(scored, allow_nan=False) + "\n")
+    if not is_matplotlib_available():
+        return scored, ["planted.json"]
+    audit_curves(scored, output / "planted.png")
+    return scored, ["planted.json", "planted.png"]
+
+
+def score_table(scored: Mapping[str, Any]) -> str:
+    """Return how well planted errors were found as lines of text, in per cent.
+
+    Args:
+        scored (`Mapping`): Name of the ranking to what `drmm_hf.evaluation.audit.score_audit` returns.
+
+    Returns:
+        `str`: A line a kind of error.
+    """
+    width = max(map(len, scored))
+    titles = "".join(f"{f'AP, {name}':>{width + 6}}{'first n':>9}" for name in scored)
+    lines = [f"{'planted':<14}{'n':>6}{titles}"]
+    for kind in ("annotations", "moved", "relabelled", "removed"):
+        parts = [one[kind] for one in scored.values()]
+        if parts[0] is not None:
+            cells = "".join(
+                f"{100 * part['average_precision']:>{width + 6}.1f}{100 * part['found_at_num']:>9.1f}"
+                for part in parts
+            )
+            lines.append(f"{kind:<14}{parts[0]['num']:>6}{cells}")
+    return "\n".join([*lines, "", "average precision in per cent; first n: share found among the first n of the list"])
+
+
+def _annotation_lines(entry: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
+    """Say what is annotated, and what the model would have put there."""
+    suggestion = entry["suggestion"]
+    return [
+        f"{names[entry['category_id']]} #{entry['annotation_id']}: {entry['reason']}",
+        f"model: {names[suggestion['category_id']]} {suggestion['score']:.2f}, IoU {suggestion['iou']:.2f}",
+        f"plausibility {entry['plausibility']:.2g}",
+    ]
+
+
+def _missing_lines(entry: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
+    """Say what the model sees."""
+    box = ", ".join(f"{value:.0f}" for value in entry["bbox"])
+    return [f"{names[entry['category_id']]} {entry['score']:.2f}", f"box {box}"]
+
+
+def _names(annotations: Mapping[str, Any]) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the names of pictures and categories by their ids."""
+    files = {record["id"]: record.get("file_name", f"image {record['id']}") for record in annotations["images"]}
+    return files, {record["id"]: record["name"] for record in annotations["categories"]}
+
+
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())

@@ -1,0 +1,89 @@
+"""`drmm audit`, from the command line to its files."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import tiny_config
+from drmm_cli import main
+from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
+from drmm_hf.evaluation.planted_errors import plant_errors
+
+
+def save_model(folder, **overrides):
+    torch.manual_seed(0)
+    config = tiny_config(id2label={0: "round", 1: "square"}, category_ids=[3, 8], **overrides)
+    DrmmForObjectDetection(config).save_pretrained(folder)
+    DrmmImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("mixture"))
+
+
+def test_entries_crops_and_a_page_are_written(model_folder, coco_folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = ["audit", str(coco_folder), str(model_folder), "--split", "val", "--output", str(output)]
+    assert main([*command, "--worst", "1"]) == 0
+    result = json.loads((output / "audit.json").read_text())
+    assert {entry["annotation_id"] for entry in result["annotations"]} == {1, 2}
+    plausibilities = [entry["plausibility"] for entry in result["annotations"]]
+    assert plausibilities == sorted(plausibilities)
+    assert {entry["suggestion"]["category_id"] for entry in result["annotations"]} <= {3, 8}
+    scores = [entry["score"] for entry in result["missing"]]
+    assert scores == sorted(scores, reverse=True) and scores
+    page = (output / "audit.html").read_text()
+    assert page.count("<figure>") == 2  # the worst of each kind
+    worst = result["annotations"][0]
+    assert f"#{worst['annotation_id']}: {worst['reason']}" in page
+    assert Image.open(output / "annotations.png").height > 250 and Image.open(output / "missing.png").height > 250
+    printed = capsys.readouterr().out
+    assert "3 images; 2 annotations" in printed and "0 crowds left out" in printed
+    assert f"{result['missing'][0]['score']:.2f}" in printed
+
+
+def test_crowds_are_left_out_and_names_are_text(model_folder, coco_folder, tmp_path, capsys):
+    folder, output = tmp_path / "coco", tmp_path / "out"
+    shutil.copytree(coco_folder, folder)
+    path = folder / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    name = "<b>&amp;.png"
+    (folder / "val" / content["images"][2]["file_name"]).rename(folder / "val" / name)
+    content["images"][2]["file_name"] = name
+    path.write_text(json.dumps(content))
+    assert main(["audit", str(folder), str(model_folder), "--split", "val", "--output", str(output)]) == 0
+    assert json.loads((output / "audit.json").read_text())["num_crowds"] == 1
+    assert "1 crowds left out" in capsys.readouterr().out
+    page = (output / "audit.html").read_text()
+    assert name not in page and "&lt;b&gt;&amp;amp;.png" in page
+
+
+def test_an_audit_is_measured_against_what_was_planted(model_folder, coco_folder, tmp_path, capsys):
+    folder, output = tmp_path / "coco", tmp_path / "out"
+    shutil.copytree(coco_folder, folder)
+    path = folder / "annotations" / "instances_val.json"
+    content, planted = plant_errors(json.loads(path.read_text()), share=1, seed=0)
+    path.write_text(json.dumps(content))
+    record = tmp_path / "planted_errors.json"
+    record.write_text(json.dumps(planted))
+    command = ["audit", str(folder), str(model_folder), "--split", "val", "--output", str(output)]
+    assert main([*command, "--planted", str(record)]) == 0
+    scored = json.loads((output / "planted.json").read_text())
+    assert list(scored) == ["density", "confidence"]
+    for one in scored.values():  # every annotation is spoilt: any order finds nothing else
+        assert one["annotations"]["average_precision"] == pytest.approx(1) and one["removed"] is None
+    assert Image.open(output / "planted.png").width > 500
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["annotations", "2", "100.0", "100.0", "100.0", "100.0"] in lines
+
+
+def test_a_model_without_a_density_is_refused(coco_folder, tmp_path, capsys):
+    model_folder = save_model(tmp_path / "box", head_type="box", criterion="focal_l1_giou")
+    assert main(["audit", str(coco_folder), str(model_folder), "--split", "val", "--output", str(tmp_path)]) == 2
+    assert "head_type 'box', which predicts boxes and scores but no density" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""`drmm compare`, from the command line to its files."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from drmm_cli import main
+from drmm_hf.commands.compare import named_sources
+
+
+def test_a_model_and_a_file_side_by_side(model_folder, coco_folder, tmp_path, capsys):
+    results, output = tmp_path / "results.json", tmp_path / "out"
+    entries = [{"image_id": 10, "category_id": 3, "bbox": [5.0, 8.0, 30.0, 25.0], "score": 0.75}]
+    results.write_text(json.dumps(entries))
+    command = ["compare", f"mine={model_folder}", f"file={results}", str(coco_folder), "--output", str(output)]
+    assert main([*command, "--timed", "2", "--drawn", "2"]) == 0
+    result = json.loads((output / "compare.json").read_text())
+    mine, file = result["models"]["mine"], result["models"]["file"]
+    assert file["AP"] == pytest.approx(0.5) and file["seconds"] is None  # one of two classes
+    assert mine["seconds"] > 0 and (mine["NLL"] is not None) == ("drmm" in model_folder.name)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["file", "50.00", "50.00", "25.00", "25.00", "-", "-", "-", "-"] in lines
+    assert any(line[:1] == ["mine"] and line[7:9] == [f"{1000 * mine['seconds']:.0f}", "1.00"] for line in lines)
+    # A row a picture, a column for the annotations and one for each model.
+    sheet = Image.open(output / "differences.jpg")
+    assert sheet.width > 3 * 900 and result["pictures"]
+    named = result["pictures"][0]
+    assert any(line[:1] == [f"{named['file_name']}:"] for line in lines)
+
+
+def test_models_that_agree_are_not_drawn(coco_folder, tmp_path, capsys):
+    results, output = tmp_path / "results.json", tmp_path / "out"
+    results.write_text(json.dumps([{"image_id": 10, "category_id": 3, "bbox": [5.0, 8.0, 30.0, 25.0], "score": 0.75}]))
+    command = ["compare", f"a={results}", f"b={results}", str(coco_folder), "--output", str(output)]
+    assert main(command) == 0
+    assert json.loads((output / "compare.json").read_text())["pictures"] == []
+    assert not (output / "differences.jpg").exists()
+    assert "differences.jpg" not in capsys.readouterr().out
+
+
+def test_models_need_names_of_their_own():
+    assert named_sources(["a=x/best", "y/best"]) == {"a": "x/best", "y/best": "y/best"}
+    with pytest.raises(ValueError, match="two models are called 'a'"):
+        named_sources(["a=x", "a=y"])
+    with pytest.raises(ValueError, match="at least two"):
+        named_sources(["a=x"])
