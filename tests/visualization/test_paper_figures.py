@@ -41,7 +41,8 @@ def test_a_method_looks_the_same_in_every_panel(tmp_path, figures):
     paper_figures.speed_diagram(panels, tmp_path / "speed.png")
     there, here = figures[0].axes
     assert there.lines[1].get_color() == here.lines[0].get_color() != there.lines[0].get_color()
-    assert there.lines[1].get_xdata() == [2.0, 3.0] and there.lines[1].get_ydata() == pytest.approx([10, 20])
+    assert there.lines[1].get_xdata().tolist() == [2.0, 3.0]
+    assert there.lines[1].get_ydata().tolist() == pytest.approx([10, 20])
     assert there.lines[1].get_linewidth() > 0 == here.lines[0].get_linewidth()
     assert texts(there) == ["R50", "R101", "R50"] and there.get_title(loc="left") == "there"
 
