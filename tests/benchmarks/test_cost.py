@@ -1,11 +1,13 @@
 """Operations are those that formulas by hand give, and the paper's figures follow from them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import tiny_config
+from drmm_cli import main
 from drmm_hf import DrmmConfig, DrmmForObjectDetection
 from drmm_hf.benchmarks.cost import hollow_model, measured_cost, model_cost
 from drmm_hf.training.arguments import load_recipe
@@ -144,6 +146,19 @@ def test_speed_is_measured_and_memory_on_a_cpu_is_not():
     measured = measured_cost(DrmmForObjectDetection(tiny_config()), 64, 64, repetitions=1)
     assert measured["pictures_per_second"] > 0 and measured["device"].startswith("CPU")
     assert measured["training_memory"] is None
+
+
+def test_the_command_prints_and_writes_them_with_the_recipe(tmp_path, capsys):
+    recipe, output = Path(__file__).parents[1] / "training" / "tiny.yaml", tmp_path / "new" / "cost.json"
+    words = ["benchmark", "cost", str(recipe), "--size", "64", "96", "--speed", "--device", "cpu"]
+    assert main([*words, "--top-k-ratio", "0.5", "--output", str(output)]) == 0
+    cost = json.loads(output.read_text())
+    assert cost["size"] == [64, 96] and cost["pictures_per_second"] > 0
+    stored = load_recipe(output.parent / "recipe.yaml").model
+    assert (stored["top_k_ratio"], stored["top_k_last_stage"]) == (0.5, False)
+    assert cost["multiply_adds"] == model_cost(hollow_model(DrmmConfig(**stored)), 64, 96)["multiply_adds"]
+    printed = capsys.readouterr().out
+    assert f"{cost['layer_operations'] / 1e9:.2f}" in printed and "training memory: not run" in printed
 
 
 def test_a_size_below_the_coarsest_stride_is_refused():

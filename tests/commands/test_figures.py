@@ -209,11 +209,13 @@ def test_figure_15_has_a_row_a_model_and_figure_6_four_panels(runs, tmp_path, dr
         main(["figures", str(number), "--results", str(runs), "--output", str(tmp_path / f"{number}.png")])
     grid, panels = (figure.axes for figure in drawn)
     rows = [axes.get_ylabel() for axes in grid if axes.get_ylabel()]
-    assert [row.split("\n")[0] for row in rows] == ["Sparse R-CNN", "NLL", "NLL + NMS", "NLL + WTA", "NLL + MCM"]
+    names = ["Sparse R-CNN (box head)", "NLL", "NLL + NMS", "NLL + WTA", "NLL + MCM"]
+    assert [row.split("\n")[0] for row in rows] == names
+    assert rows[1].split("\n")[1] == " / ".join(f"{100 * metric(runs / 'nll', key):.1f}" for key in ("AP", "AR100"))
     assert len(grid) == 5 * 4 and len(panels) == 4
     counts = np.array([len(axes.patches) for axes in grid]).reshape(5, 4)
     assert (counts[2] <= counts[1]).all() and counts[2].sum() < counts[1].sum()
-    assert panels[1].get_title(loc="left").startswith("(b) NLL (")
+    assert panels[1].get_title(loc="left").startswith("(b) NLL, ")
 
 
 def test_what_is_missing_is_said_with_its_command(runs, tmp_path, capsys):

@@ -227,13 +227,17 @@ def test_other_data_have_blocks_of_their_own_by_split(tmp_path):
 
 
 def test_runs_of_a_row_that_differ_are_not_averaged_and_say_in_what(tmp_path):
-    for index, weight in enumerate((2.0, 2.0, 0.5)):
-        overrides = {"mcm_weight": weight, "seed": index, "source": "bccd"}
+    for index, (criterion, weight) in enumerate((("nll_mcm", 2.0), ("nll_mcm", 2.0), ("nll_mcm", 0.5), ("nll", 2.0))):
+        overrides = {"criterion": criterion, "mcm_weight": weight, "seed": index, "source": "bccd"}
         write_run(tmp_path / str(index), SMALL, overrides, metrics=metrics(0.5 + index / 10))
+    box = {"head_type": "box", "criterion": "focal_l1_giou", "box_delta_unit": "pixels", "source": "bccd"}
+    write_run(tmp_path / "box", SMALL, box, metrics=metrics(0.1))
     _, block = blocks_of(2, tmp_path)
     mine = [entry for entry in block.rows if entry.values]
-    assert [entry.values["AP"] for entry in mine] == [pytest.approx((50, 60)), pytest.approx((70,))]
-    assert [entry.differs for entry in mine][1] in ({"mcm_weight": 0.5}, {}) and mine[0].differs != mine[1].differs
+    assert [entry.values["AP"] for entry in mine] == [
+        pytest.approx(values) for values in ((10,), (80,), (50, 60), (70,))
+    ]
+    assert [entry.differs for entry in mine] == [{}, {}, {}, {"mcm_weight": 0.5}]
 
 
 def test_backbones_and_epochs_of_other_data_are_not_the_papers(tmp_path):

@@ -159,9 +159,11 @@ def measured_cost(model: nn.Module, height: int, width: int, repetitions: int = 
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
     model.train(was_training)
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "pictures_per_second": 1 / median(seconds[1:]),
-        "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if is_cuda else cpu,
         "training_memory": _training_memory(model, height, width) if is_cuda else None,
     }
 

@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
         if args.assignments:
             check_matching(model.config)
         if args.top_k_ratio is not None:
+            if not hasattr(model.config, "top_k_ratio"):
+                raise ValueError(f"--top-k-ratio: a {model.config.model_type!r} has no stages with a top_k_ratio.")
             model.config.top_k_last_stage = False
             model.config.top_k_ratio = args.top_k_ratio
             model.config.validate_architecture()

@@ -283,16 +283,20 @@ def _detections(number: int, results: Sequence[Result], data: str | None) -> tup
         label_map = LabelMap.from_categories(annotations["categories"])
         place = next(place for place in result.places if (place / "detections.json").is_file())
         read = Detections.load(place / "detections.json", label_map, dataset["image_id"])
-        ap = f" ({_per_cent(result.files['metrics']['AP'])})"
-        found[_ROLES[role].format(_DECODERS[result.recipe["decoder_type"]]) + ap] = read
+        name = _ROLES[role].format(_DECODERS[result.recipe["decoder_type"]])
+        found[name + _figures(result.files["metrics"])] = read
         if role == "nll":
             swept = result.files.get("duplicates")
             iou = 0.7 if swept is None else swept["best_iou_threshold"]
             for method in ("nms", "wta"):
-                entry = {} if swept is None else next(one for one in swept[method] if one["iou_threshold"] == iou)
-                ap = f" ({_per_cent(entry['AP'])})" if entry else ""
-                found[f"NLL + {method.upper()}{ap}"] = deduplicate(read, method, iou)[0]
+                entries = [] if swept is None else [one for one in swept[method] if one["iou_threshold"] == iou]
+                figures = _figures(entries[0]) if entries else ""
+                found[f"NLL + {method.upper()}{figures}"] = deduplicate(read, method, iou)[0]
     return found, dataset
+
+
+def _figures(entry: Mapping[str, Any]) -> str:
+    return f", {_per_cent(entry['AP'])} / {_per_cent(entry['AR100'])}"
 
 
 def _chosen(found: Mapping[str, Any], image_ids: Sequence[int] | None, count: int) -> list[int]:
@@ -314,7 +318,7 @@ def _image(dataset: Any, image_id: int) -> Image:
 
 
 def figure_6(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
-    """Draw the boxes of four models on one picture."""
+    """Draw the boxes of four models on one picture, with their AP / AR."""
     from ..visualization.plots import confidence_boxes
 
     found, dataset = _detections(6, results, args.data)
@@ -329,7 +333,7 @@ def figure_6(results: Sequence[Result], _: Sequence[Path], args: argparse.Namesp
 
 
 def figure_15(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
-    """Draw the boxes of five models on the same pictures."""
+    """Draw the boxes of five models on the same pictures, with their AP / AR."""
     from ..visualization.paper_figures import confidence_grid
 
     found, dataset = _detections(15, results, args.data)
@@ -339,7 +343,7 @@ def figure_15(results: Sequence[Result], _: Sequence[Path], args: argparse.Names
         name: [(images[one], part[one]["boxes"], part[one]["scores"]) for one in chosen]
         for name, part in found.items()
     }
-    return confidence_grid({name.replace(" (", "\n("): row for name, row in rows.items()}, args.output)
+    return confidence_grid({name.replace(", ", "\n"): row for name, row in rows.items()}, args.output)
 
 
 def _corners(bbox: Sequence[float]) -> list[float]:

@@ -480,7 +480,7 @@ def _name_differences(table: Table, rows: Sequence[Measured], by_row: bool) -> l
         ]
         differs = {}
         for name in sorted(fields.keys() - keys):
-            values = [json.dumps(other.get(name), default=str) for other in others]
+            values = [json.dumps(other[name], default=str) for other in others if name in other]
             if json.dumps(fields[name], default=str) != max(values, key=values.count):
                 differs[name] = fields[name]
         named.append(replace(entry, differs=differs))
@@ -489,10 +489,10 @@ def _name_differences(table: Table, rows: Sequence[Measured], by_row: bool) -> l
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a recipe, those of the backbone among them."""
-    backbone = recipe.get("backbone_config") or {}
-    return {name: value for name, value in recipe.items() if name != "backbone_config"} | {
-        f"backbone_config.{name}": value for name, value in backbone.items()
-    }
+    backbone = {f"backbone_config.{name}": value for name, value in (recipe.get("backbone_config") or {}).items()}
+    # A box head has no other unit, so it is no difference.
+    left_out = {"backbone_config", "box_delta_unit"} if recipe["head_type"] == "box" else {"backbone_config"}
+    return {name: value for name, value in recipe.items() if name not in left_out} | backbone
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -62,11 +62,11 @@ def nms_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | 
 def speed_diagram(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]], path: str | Path, ylabel: str = "AP (%)"
 ) -> Path:
-    """Draw AP against pictures a second, a line a method.
+    """Draw AP against pictures a second.
 
     Args:
         panels (`Mapping`): By title, methods by name, each a list of pictures a second, AP (fraction) and a word
-            beside the point.
+            beside the point; a line joins them where all have one.
         path (`str` or `Path`): Picture to write; its folder is made.
         ylabel (`str`): What is to the left.
 
@@ -82,7 +82,8 @@ def speed_diagram(
             index = names.index(name)
             style = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
             speeds, values = ([point[axis] for point in sorted(points)] for axis in (0, 1))
-            axes.plot(speeds, [100 * value for value in values], linewidth=1.4, markersize=7, label=name, **style)
+            style["linewidth"] = 1.4 if all(word for _, _, word in points) else 0  # unnamed ones are repetitions
+            axes.plot(speeds, [100 * value for value in values], markersize=7, label=name, **style)
             for speed, value, word in points:
                 offset = {"textcoords": "offset points", "xytext": (6, 5)}
                 axes.annotate(word, (speed, 100 * value), fontsize=8, color=_INK, **offset)
