@@ -61,6 +61,7 @@ def match(
     iou_thresholds: Sequence[float] = (0.5,),
     top_k: int = 100,
     class_aware: bool = True,
+    set_aside: np.ndarray | None = None,
 ) -> Matches:
     """Decide for each prediction whether it is correct.
 
@@ -75,6 +76,8 @@ def match(
         iou_thresholds (`Sequence[float]`): Smallest IoU of a correct prediction, in (0, 1].
         top_k (`int`): Number of predictions a picture.
         class_aware (`bool`): Whether a prediction has to name the class, too.
+        set_aside (`np.ndarray` of shape `(m,)`, *optional*): Which annotations are neither to be found nor to be
+            missed, as those outside an area range of COCO: predictions that find no other object there are ignored.
 
     Returns:
         `Matches`: The predictions among the first `top_k`.
@@ -85,6 +88,7 @@ def match(
     places = {record["id"]: place for place, record in enumerate(content["images"])}
     pictures = np.array(list(places), dtype=int)
     crowds = np.array([bool(record.get("iscrowd")) for record in content["annotations"]], dtype=bool)
+    aside = crowds if set_aside is None else crowds | set_aside
 
     pictures_of = np.array([places[one] for one in predictions.image_ids.tolist()], dtype=int)
     order = np.lexsort((-predictions.scores, pictures_of))  # stable
@@ -102,10 +106,10 @@ def match(
             for group, ids in ((groups_of, predictions.category_ids), (groups, objects.category_ids))
         )
     matched, ignored, ious, best_ious = _match_groups(
-        predictions, groups_of, objects, np.where(annotated < 0, -1, groups), crowds, thresholds
+        predictions, groups_of, objects, np.where(annotated < 0, -1, groups), crowds, aside, thresholds
     )
     counts = {record["id"]: 0 for record in content["categories"]}
-    for category_id, number in zip(*np.unique(objects.category_ids[~crowds], return_counts=True), strict=True):
+    for category_id, number in zip(*np.unique(objects.category_ids[~aside], return_counts=True), strict=True):
         counts[int(category_id)] += int(number)
     return Matches(
         iou_thresholds=thresholds,
@@ -134,12 +138,13 @@ def _match_groups(
     objects: Columns,
     groups: np.ndarray,
     crowds: np.ndarray,
+    aside: np.ndarray,
     thresholds: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Match inside groups, all groups at once: first the most confident prediction of each, then the second, ...
 
     Returns the position of the object that each prediction took (-1: none), whether it fell on a crowd and the IoU
-    with what it took, each `(T, n)`, and the largest IoU with any object that is no crowd, `(n,)`.
+    with what it took, each `(T, n)`, and the largest IoU with any object that is not set aside, `(n,)`.
     """
     shape = (len(thresholds), len(predictions.scores))
     matched, ignored, ious, best = np.full(shape, -1), np.zeros(shape, bool), np.zeros(shape), np.zeros(shape[1])
@@ -159,23 +164,31 @@ def _match_groups(
         places = first[batch, None] + np.arange(width)
         there = places < last[batch, None]
         places = columns[np.minimum(places, len(columns) - 1)]
-        boxes, crowd = objects.boxes[places], crowds[places] & there
-        free = np.repeat((there & ~crowd)[None], len(thresholds), axis=0)
+        boxes, crowd, other = objects.boxes[places], crowds[places] & there, aside[places] & there
+        free = np.repeat(there[None], len(thresholds), axis=0)
         for rank in range(sizes[batch[0]]):
             count = int(np.searchsorted(-sizes[batch], -rank, side="left"))  # groups with so many predictions
             row = rows[starts[batch[:count]] + rank]
             overlap = _overlaps(predictions.boxes[row][:, None], boxes[:count], crowd[:count])
-            best[row] = np.where(there[:count] & ~crowd[:count], overlap, 0).max(axis=1)
-            mine = np.where(free[:, :count] & (overlap >= least), overlap, -1.0)
-            column = width - 1 - mine[..., ::-1].argmax(axis=2)  # of equal ones COCO takes the last
-            value = np.take_along_axis(mine, column[..., None], axis=2)[..., 0]
+            best[row] = np.where(there[:count] & ~other[:count], overlap, 0).max(axis=1)
+            within = free[:, :count] & (overlap >= least)
+            column, value = _largest(np.where(within & ~other[:count], overlap, -1.0))
             right = value >= 0
             matched[:, row] = np.where(right, places[np.arange(count), column], -1)
             ious[:, row] = np.where(right, value, 0)
-            ignored[:, row] = ~right & (crowd[:count] & (overlap >= least)).any(axis=2)
-            threshold, group = np.nonzero(right)
+            second, value = _largest(np.where(within & other[:count], overlap, -1.0))
+            ignored[:, row] = ~right & (value >= 0)
+            column = np.where(right, column, second)
+            taken = (right | ignored[:, row]) & ~crowd[np.arange(count), column]  # a crowd holds any number
+            threshold, group = np.nonzero(taken)
             free[threshold, group, column[threshold, group]] = False
     return matched, ignored, ious, best
+
+
+def _largest(overlaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return place and value of the largest number of each row; of equal ones COCO takes the last."""
+    places = overlaps.shape[-1] - 1 - overlaps[..., ::-1].argmax(axis=-1)
+    return places, np.take_along_axis(overlaps, places[..., None], axis=-1)[..., 0]
 
 
 def _overlaps(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray) -> np.ndarray:
