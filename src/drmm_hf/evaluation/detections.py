@@ -110,6 +110,17 @@ class Detections:
             kept.add(image_id, {name: array[:k] for name, array in result.items()})
         return kept
 
+    def bare(self) -> Detections:
+        """Leave out all fields but boxes, scores and labels.
+
+        Returns:
+            `Detections`: A new object that shares their arrays.
+        """
+        bare = Detections()
+        for image_id, result in self._images.items():
+            bare._images[image_id] = {name: result[name] for name in ("boxes", "scores", "labels")}
+        return bare
+
     def relabel(self, mapping: Mapping[int, int]) -> Detections:
         """Give every detection a new label and leave out those whose label has none.
 

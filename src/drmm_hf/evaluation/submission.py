@@ -31,7 +31,7 @@ def load_image_info(path: str | Path, images: str | Path) -> tuple[datasets.Data
         images (`str` or `Path`): Folder of the pictures.
 
     Returns:
-        `tuple[Dataset, dict]`: Rows with `image_id`, `file_name`, `width`, `height` and `image`; and what the file holds.
+        `tuple[Dataset, dict]`: Rows with `image_id`, `file_name`, `width`, `height` and `image`, and the content.
 
     Raises:
         ValueError: If images or categories are missing.
