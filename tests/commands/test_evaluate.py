@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -292,3 +293,45 @@ def test_results_of_any_detector_are_measured_without_a_model(coco_folder, tmp_p
     ):
         assert main(["evaluate", *arguments, "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_submission_is_the_zip_that_the_server_takes(model_folder, coco_folder, tmp_path, capsys):
+    content = json.loads((coco_folder / "annotations" / "instances_val.json").read_text())
+    del content["annotations"]
+    info = tmp_path / "image_info_test-dev2017.json"
+    info.write_text(json.dumps(content))
+    output = tmp_path / "out"
+    command = ["evaluate", str(model_folder), str(info), "--submission", "my method_1", "--output", str(output)]
+    assert main(command) == 2 and "--submission needs a model, and --images" in capsys.readouterr().err
+    assert main([*command, "--images", str(coco_folder / "val")]) == 0
+    (path,) = output.iterdir()
+    assert path.name == "detections_test-dev2017_my-method-1_results.zip" and path.name in capsys.readouterr().out
+    with zipfile.ZipFile(path) as archive:
+        entries = json.loads(archive.read("detections_test-dev2017_my-method-1_results.json"))
+    assert all(list(entry) == ["image_id", "category_id", "bbox", "score"] for entry in entries)
+    found = tmp_path / "found"
+    assert main(["evaluate", str(model_folder), str(coco_folder), "--output", str(found)]) == 0
+    expected = json.loads((found / "detections.json").read_text())
+    assert entries == [{key: entry[key] for key in entries[0]} for entry in expected]
+
+
+def test_one_file_of_detections_feeds_every_analysis(coco_folder, tmp_path, capsys):
+    """All at once, without a model, and with the annotation file alone."""
+    results, output = tmp_path / "results.json", tmp_path / "out"
+    entries = [
+        {"image_id": 10, "category_id": 3, "bbox": [5.0, 8.0, 30.0, 25.0], "score": 0.75},
+        {"image_id": 20, "category_id": 8, "bbox": [50.0, 60.0, 5.0, 5.0], "score": 0.5},
+    ]
+    results.write_text(json.dumps(entries))
+    analyses = ["--thresholds", "--calibration", "--sweep", "--breakdown"]
+    data = str(coco_folder / "annotations" / "instances_val.json")
+    assert main(["evaluate", data, "--detections", str(results), *analyses, "--output", str(output)]) == 0
+    written = {path.name for path in output.iterdir()}
+    reports = {"metrics", "detections", "thresholds", "calibration", "calibrators", "duplicates", "breakdown"}
+    pictures = {"reliability", "thresholds", "confusion", "calibration", "duplicates", "duplicates_reliability"}
+    assert written == {f"{name}.json" for name in reports} | {f"{name}.png" for name in {*pictures, "breakdown"}}
+    said = capsys.readouterr().out
+    assert all(name in said.splitlines()[-1] for name in written - {"calibrators.json"})
+    lines = [line.split() for line in said.splitlines()]
+    assert ["16", "to", "32", "2", "50.00", "50.00", "50.00", "25.00", "25.00"] in lines
+    assert Image.open(output / "breakdown.png").width > 1000

@@ -81,7 +81,9 @@ def run_two(folder, name, kill_at=None):
     processes = []
     for rank in ("0", "1"):
         ranks = {"RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, __file__, *arguments_for(folder, name)]
+        # As a module it would find the conftest.py beside it, and not that of all tests.
+        code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+        command = [sys.executable, "-c", code, __file__, *arguments_for(folder, name)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, env=environment | ranks, **pipes))
     said = [process.communicate(timeout=300)[0] for process in processes]

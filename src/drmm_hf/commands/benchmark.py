@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument("--device", help="where to measure them (default: a GPU if there is one)")
     cost.add_argument("--output", metavar="FILE", help="where to write the figures as json")
 
+    evaluation = kinds.add_parser("eval", help="seconds of each step from detections to figures")
+    evaluation.set_defaults(measure=_evaluation)
+    evaluation.add_argument("--num-pictures", type=int, default=5000, metavar="N", help="pictures (default: 5000)")
+    evaluation.add_argument("--output", metavar="FILE", help="where to write the figures as json")
+
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table and write the figures.
@@ -175,6 +180,37 @@ def _loader(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         longest_edge=args.longest_edge,
     )
     return figures, loader_table(figures)
+
+
+def evaluation_table(figures: Mapping[str, Any]) -> str:
+    """Return the figures of the evaluation benchmark as lines of text.
+
+    Args:
+        figures (`Mapping`): From `drmm_hf.benchmarks.evaluation.benchmark_evaluation`.
+
+    Returns:
+        `str`: A line a step.
+    """
+    lines = [f"{'step':<24}{'core seconds':>14}{'wall clock':>14}"]
+    lines += [
+        f"{name:<24}{step['core_seconds']:>14.2f}{step['seconds']:>14.2f}" for name, step in figures["steps"].items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{figures['num_images']} pictures, {figures['num_objects']} objects, {figures['num_detections']} "
+            f"detections ({figures['file_megabytes']:.0f} MB of json), AP by {figures['backend']}; memory rose from "
+            f"{figures['megabytes_before']:.0f} to {figures['megabytes']:.0f} MB",
+        ]
+    )
+
+
+def _evaluation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ..benchmarks.evaluation import benchmark_evaluation
+
+    figures = benchmark_evaluation(args.num_pictures)
+    return figures, evaluation_table(figures)
 
 
 def _spread(summary: Mapping[str, float], digits: int) -> str:

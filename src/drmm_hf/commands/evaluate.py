@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="precision, recall and F1 by score, best thresholds, confusion matrix",
     )
+    parser.add_argument(
+        "--breakdown",
+        action="store_true",
+        help="figures by size, aspect ratio and crowding of objects, and the kinds of errors",
+    )
     reliability = parser.add_mutually_exclusive_group()
     reliability.add_argument(
         "--calibration",
@@ -79,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-k-ratio", type=float, metavar="R", help="keep this share of the queries after every stage but the last"
     )
+    parser.add_argument(
+        "--submission",
+        metavar="NAME",
+        help="DATA is an image_info json without annotations (with --images): write the zip for COCO's server instead",
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -102,6 +112,9 @@ def run(args: argparse.Namespace) -> int:
     elif args.data is None:
         raise ValueError("DATA is missing: drmm evaluate MODEL DATA, or drmm evaluate DATA --detections FILE.")
 
+    if args.submission is not None and (args.model is None or args.images is None):
+        raise ValueError("--submission needs a model, and --images for the json file of the pictures.")
+
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
@@ -111,12 +124,20 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.parts import launched_processes
     from ..evaluation.predict import load_detector
     from ..evaluation.report import analyse, examples, load_results, load_split, measure_likelihood, read_picture
+    from ..evaluation.submission import write_submission
     from ..evaluation.tables import TABLES, comparison_table
     from ..visualization.evaluation_pictures import draw_detections, draw_report
 
     model_source = None if args.model is None else find_source(args.model)
     places = {"images": args.images, "annotations": args.annotations, "streaming": args.streaming}
     processes = None if args.model is None else launched_processes(args.device)
+    device = args.device if processes is None else processes.device
+    if args.submission is not None:
+        model, processor = load_detector(model_source, device)
+        options = {"batch_size": args.batch_size, "top_k": args.top_k, "processes": processes}
+        path = write_submission(model, processor, args.data, args.images, args.output, args.submission, **options)
+        print(*([] if path is None else [f"written to {path}"]))
+        return 0
     with nullcontext() if processes is None else processes.main_process_first():  # the others find its cache
         dataset, annotations = load_split(args.data, args.split, **places, needs_pictures=args.model is not None)
     logging.disable_progress_bar()  # of each weight that is loaded
@@ -132,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
         detections, mapping = load_results(args.detections, annotations)
         metrics = measure(detections, annotations, mapping, output, **options)
     else:
-        model, processor = load_detector(model_source, args.device if processes is None else processes.device)
+        model, processor = load_detector(model_source, device)
         if args.losses or other:
             check_density(model.config)
         if args.assignments:
@@ -159,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     if dataset is not None:
         written.append(draw_detections(entries, annotations, examples(dataset), output / "detections.jpg").name)
     asked = {"thresholds": args.thresholds, "calibration": args.calibration, "duplicates": args.sweep}
-    asked["calibrators"] = args.calibrators
+    asked |= {"calibrators": args.calibrators, "breakdown": args.breakdown}
     reports = chain([("metrics", metrics)], analyse(entries, annotations, output, args.top_k, **asked))
     if args.losses or other:
         losses = measure_likelihood(model, processor, dataset, annotations, output, args.batch_size)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -63,6 +63,39 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
     return content
 
 
+class Columns(NamedTuple):
+    """Hold records of COCO, annotations or results, as arrays: n of them.
+
+    Attributes:
+        image_ids (`np.ndarray` of shape `(n,)`): Their pictures.
+        category_ids (`np.ndarray` of shape `(n,)`): Their categories.
+        boxes (`np.ndarray` of shape `(n, 4)`): xywh, pixels.
+        scores (`np.ndarray` of shape `(n,)`): Confidences; 1 for annotations.
+    """
+
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+
+
+def columns(records: Sequence[Mapping[str, Any]]) -> Columns:
+    """Return records of COCO as arrays.
+
+    Args:
+        records (`Sequence[Mapping]`): Annotations or results.
+
+    Returns:
+        `Columns`: In the same order.
+    """
+    return Columns(
+        np.array([record["image_id"] for record in records], dtype=np.int64),
+        np.array([record["category_id"] for record in records], dtype=np.int64),
+        np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4),
+        np.array([record.get("score", 1.0) for record in records], dtype=np.float64),
+    )
+
+
 def coco_evaluation(source: str | Path | Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> COCOeval:
     """Prepare pycocotools' evaluation of boxes, without a word on stdout and without changing its arguments.
 
@@ -83,7 +116,17 @@ def coco_evaluation(source: str | Path | Mapping[str, Any], detections: Sequence
     from pycocotools.cocoeval import COCOeval
 
     content = load_annotations(source)
-    annotations, results = _records(content, detections)
+    check_known(content, detections)
+    annotations = _annotation_records(content)
+    results = [
+        {
+            **{key: entry[key] for key in ("image_id", "category_id", "bbox", "score")},
+            "id": index,
+            "area": entry["bbox"][2] * entry["bbox"][3],
+            "iscrowd": 0,
+        }
+        for index, entry in enumerate(detections, start=1)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         indices = []
         for records in (annotations, results):
@@ -145,7 +188,8 @@ def coco_metrics(
     if backend is None:
         backend = "hotcoco" if find_spec("hotcoco") else "pycocotools"
     if backend == "hotcoco" and detections_coco:  # it refuses an empty list
-        precision, recall = _run_hotcoco(content, detections_coco)
+        found = run_hotcoco(content, detections_coco).eval
+        precision, recall = found["precision"], found["recall"]
     else:
         evaluation = coco_evaluation(content, detections_coco)
         run_quietly(evaluation, "computing AP")
@@ -236,40 +280,44 @@ def check_known(content: Mapping[str, Any], detections: Sequence[Mapping[str, An
             )
 
 
-def _records(
-    content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return annotations and detections with all that the evaluation reads, numbered from 1."""
-    check_known(content, detections)
-    annotations = [
+def _annotation_records(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return annotations with all that the evaluation reads, numbered from 1."""
+    return [
         {**record, "id": index, "area": annotation_area(record), "iscrowd": int(record.get("iscrowd") or 0)}
         for index, record in enumerate(content["annotations"], start=1)
     ]
-    results = [
-        {
-            **{key: entry[key] for key in ("image_id", "category_id", "bbox", "score")},
-            "id": index,
-            "area": entry["bbox"][2] * entry["bbox"][3],
-            "iscrowd": 0,
-        }
-        for index, entry in enumerate(detections, start=1)
-    ]
-    return annotations, results
 
 
-def _run_hotcoco(content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return precision and recall as pycocotools has them."""
+def run_hotcoco(content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> Any:
+    """Let hotcoco match and accumulate.
+
+    Args:
+        content (`Mapping`): What a COCO json file holds.
+        detections (`Sequence[Mapping]`): COCO results, at least one.
+
+    Returns:
+        `hotcoco.COCOeval`: Its `eval` is that of pycocotools. Ids of pictures are their places in the file.
+    """
     from hotcoco import COCO, COCOeval
 
-    annotations, results = _records(content, detections)
-    fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    check_known(content, detections)
+    fields = ("id", "category_id", "bbox", "area", "iscrowd")
+    # Ids of pictures go through float64, which has no room for large ones.
+    places = {record["id"]: place for place, record in enumerate(content["images"])}
     truth = {
-        "images": [{"id": record["id"], "width": 0, "height": 0, "file_name": ""} for record in content["images"]],
-        "annotations": [{name: record[name] for name in fields} for record in annotations],
+        "images": [{"id": place, "width": 0, "height": 0, "file_name": ""} for place in places.values()],
+        "annotations": [
+            {"image_id": places[record["image_id"]]} | {name: record[name] for name in fields}
+            for record in _annotation_records(content)
+            if record["image_id"] in places
+        ],
         "categories": [{"id": record["id"], "name": record["name"]} for record in content["categories"]],
     }
+    found = columns(detections)
+    image_ids = [places[image_id] for image_id in found.image_ids.tolist()]
+    rows = np.column_stack([image_ids, found.boxes, found.scores, found.category_ids])
     reference = COCO(truth)
-    evaluation = COCOeval(reference, reference.load_res(results), "bbox")
+    evaluation = COCOeval(reference, reference.load_res(rows), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
+    return evaluation

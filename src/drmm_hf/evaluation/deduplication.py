@@ -128,7 +128,7 @@ def sweep(
     """
     annotations = load_annotations(annotations)
     label_map = LabelMap.from_categories(annotations["categories"])
-    detections = detections.top_k(top_k)
+    detections = detections.top_k(top_k).bare()
     none = _figures(detections, annotations, label_map, top_k) | {"num_removed": 0, "num_capped": 0}
     swept: dict[str, Any] = {"none": none, "nms": [], "wta": []}
     hidden = None if progress else True  # None: shown on a terminal

@@ -110,6 +110,17 @@ class Detections:
             kept.add(image_id, {name: array[:k] for name, array in result.items()})
         return kept
 
+    def bare(self) -> Detections:
+        """Leave out all fields but boxes, scores and labels.
+
+        Returns:
+            `Detections`: A new object that shares their arrays.
+        """
+        bare = Detections()
+        for image_id, result in self._images.items():
+            bare._images[image_id] = {name: result[name] for name in ("boxes", "scores", "labels")}
+        return bare
+
     def relabel(self, mapping: Mapping[int, int]) -> Detections:
         """Give every detection a new label and leave out those whose label has none.
 
@@ -326,4 +337,14 @@ def _has_size(boxes_xywh: np.ndarray) -> np.ndarray:
 
 def _decimals(array: np.ndarray) -> Sequence[Any]:
     """Return numbers for json: the shortest decimals that read back as the same float32, and integers as they are."""
-    return array.tolist() if array.dtype == np.int64 else array.astype(str).astype(np.float64).tolist()
+    if array.dtype == np.int64:
+        return array.tolist()
+    exact = array.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        exponent = np.where(exact == 0, 0, np.floor(np.log10(np.abs(exact))))
+        decimals = exact.copy()
+        for digits in (9, 8, 7, 6):  # float32 has at least 6 of them, and 9 always do
+            scale = 10.0 ** (digits - 1 - exponent)
+            rounded = np.rint(exact * scale) / scale
+            decimals = np.where(rounded.astype(np.float32) == array, rounded, decimals)
+    return decimals.tolist()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .coco_metrics import check_known, coco_evaluation, load_annotations, run_quietly
+from .coco_metrics import Columns, check_known, columns, load_annotations
 
 
 COCO_IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * index, 2) for index in range(10))
@@ -29,6 +28,7 @@ class Matches:
         correct (`np.ndarray` of shape `(T, n)`): Whether a prediction took a ground truth.
         ignored (`np.ndarray` of shape `(T, n)`): Whether it fell on a crowd region, and is neither right nor wrong.
         ious (`np.ndarray` of shape `(T, n)`): IoU with the ground truth that it took; 0 if none.
+        matched_annotations (`np.ndarray` of shape `(T, n)`): Position of what it took; -1 if none.
         matched_category_ids (`np.ndarray` of shape `(T, n)`): Category of the ground truth that it took; -1 if none.
         best_ious (`np.ndarray` of shape `(n,)`): Largest IoU with any ground truth of its class, taken or not.
         num_ground_truths (`dict[int, int]`): Number of ground truths of each category, without crowds.
@@ -43,6 +43,7 @@ class Matches:
     correct: np.ndarray
     ignored: np.ndarray
     ious: np.ndarray
+    matched_annotations: np.ndarray
     matched_category_ids: np.ndarray
     best_ious: np.ndarray
     num_ground_truths: dict[int, int]
@@ -60,6 +61,7 @@ def match(
     iou_thresholds: Sequence[float] = (0.5,),
     top_k: int = 100,
     class_aware: bool = True,
+    set_aside: np.ndarray | None = None,
 ) -> Matches:
     """Decide for each prediction whether it is correct.
 
@@ -74,82 +76,126 @@ def match(
         iou_thresholds (`Sequence[float]`): Smallest IoU of a correct prediction, in (0, 1].
         top_k (`int`): Number of predictions a picture.
         class_aware (`bool`): Whether a prediction has to name the class, too.
+        set_aside (`np.ndarray` of shape `(m,)`, *optional*): Which annotations are neither to be found nor to be
+            missed, as those outside an area range of COCO: predictions that find no other object there are ignored.
 
     Returns:
         `Matches`: The predictions among the first `top_k`.
     """
-    order = sorted(range(len(detections_coco)), key=lambda index: -detections_coco[index]["score"])
-    taken: dict[Any, int] = {}
-    positions = []
-    for index in order:
-        image_id = detections_coco[index]["image_id"]
-        taken[image_id] = taken.get(image_id, 0) + 1
-        if taken[image_id] <= top_k:
-            positions.append(index)
-    # Most predictions name a class that their picture does not have. They are wrong, and need no matching.
-    content = load_annotations(ground_truth)
-    place = itemgetter("image_id", "category_id") if class_aware else itemgetter("image_id")
-    annotated = {place(record) for record in content["annotations"]}
-    hopeful = [index for index in positions if place(detections_coco[index]) in annotated]
-    hopeless = [index for index in positions if place(detections_coco[index]) not in annotated]
-    check_known(content, [detections_coco[index] for index in hopeless])
-    evaluation = coco_evaluation(content, [detections_coco[index] for index in hopeful])
-    evaluation.params.iouThrs = np.asarray(iou_thresholds, dtype=float)
-    evaluation.params.areaRng = [[0, float("inf")]]
-    evaluation.params.areaRngLbl = ["all"]
-    evaluation.params.maxDets = [top_k]
-    evaluation.params.useCats = int(class_aware)
-    run_quietly(evaluation, "matching predictions")
+    content, thresholds = load_annotations(ground_truth), np.asarray(iou_thresholds, dtype=float)
+    check_known(content, detections_coco)
+    predictions, objects = columns(detections_coco), columns(content["annotations"])
+    places = {record["id"]: place for place, record in enumerate(content["images"])}
+    pictures = np.array(list(places), dtype=int)
+    crowds = np.array([bool(record.get("iscrowd")) for record in content["annotations"]], dtype=bool)
+    aside = crowds if set_aside is None else crowds | set_aside
 
-    objects, columns = evaluation.cocoGt.anns, [[] for _ in range(6)]
-    for group in evaluation.evalImgs:
-        if group is None or not group["dtIds"]:
-            continue
-        key = (group["image_id"], group["category_id"])
-        category_ids = [key[1]] if class_aware else evaluation.params.catIds
-        ids = [record["id"] for category_id in category_ids for record in evaluation._gts[key[0], category_id]]
-        # One column more, of zeros, is the IoU with no ground truth at all.
-        ious = np.zeros((len(group["dtIds"]), len(ids) + 1))
-        if ids:
-            ious[:, :-1] = evaluation.ious[key]
-        matched = group["dtMatches"].astype(int)
-        place = {annotation_id: column for column, annotation_id in enumerate(ids)}
-        taken_column = np.array([[place.get(one, len(ids)) for one in row] for row in matched.tolist()])
-        no_crowd = np.array([not objects[one]["iscrowd"] for one in ids] + [True])
-        categories = np.array([objects[one]["category_id"] for one in ids] + [-1])
-        ignored = group["dtIgnore"].astype(bool)
-        correct = (matched > 0) & ~ignored
-        parts = (
-            np.array([hopeful[one - 1] for one in group["dtIds"]]),
-            correct,
-            ignored,
-            np.where(correct, ious[np.arange(len(ious)), taken_column], 0.0),
-            np.where(correct, categories[taken_column], -1),
-            ious[:, no_crowd].max(axis=1),
+    pictures_of = np.array([places[one] for one in predictions.image_ids.tolist()], dtype=int)
+    order = np.lexsort((-predictions.scores, pictures_of))  # stable
+    ranks = np.arange(len(order)) - np.searchsorted(pictures_of[order], pictures_of[order])
+    indices = np.sort(order[ranks < top_k])
+    predictions = Columns(*(column[indices] for column in predictions))
+
+    # Only predictions that share a group, a picture or a class in a picture, with objects can be right.
+    annotated = np.array([places.get(one, -1) for one in objects.image_ids.tolist()], dtype=int)
+    groups_of, groups = pictures_of[indices], annotated
+    if class_aware:
+        category_ids = np.unique([record["id"] for record in content["categories"]])
+        groups_of, groups = (
+            group * len(category_ids) + np.searchsorted(category_ids, ids)
+            for group, ids in ((groups_of, predictions.category_ids), (groups, objects.category_ids))
         )
-        for column, part in zip(columns, parts, strict=True):
-            column.append(part)
-    num_thresholds = len(evaluation.params.iouThrs)
-    wrong = np.zeros((num_thresholds, len(hopeless)))
-    for column, part in zip(columns, (hopeless, wrong, wrong, wrong, wrong - 1, np.zeros(len(hopeless))), strict=True):
-        column.append(np.asarray(part))
-    indices, correct, ignored, ious, matched, best_ious = (np.concatenate(column, axis=-1) for column in columns)
-    indices = indices.astype(int)
-    entries = [detections_coco[index] for index in indices.tolist()]
-    counts = {record["id"]: 0 for record in evaluation.cocoGt.dataset["categories"]}
-    for record in objects.values():
-        counts[record["category_id"]] += not record["iscrowd"]
+    matched, ignored, ious, best_ious = _match_groups(
+        predictions, groups_of, objects, np.where(annotated < 0, -1, groups), crowds, aside, thresholds
+    )
+    counts = {record["id"]: 0 for record in content["categories"]}
+    for category_id, number in zip(*np.unique(objects.category_ids[~aside], return_counts=True), strict=True):
+        counts[int(category_id)] += int(number)
     return Matches(
-        iou_thresholds=evaluation.params.iouThrs,
+        iou_thresholds=thresholds,
         indices=indices,
-        scores=np.array([entry["score"] for entry in entries], dtype=float),
-        image_ids=np.array([entry["image_id"] for entry in entries], dtype=int),
-        category_ids=np.array([entry["category_id"] for entry in entries], dtype=int),
-        correct=correct.astype(bool),
-        ignored=ignored.astype(bool),
+        scores=predictions.scores,
+        image_ids=predictions.image_ids,
+        category_ids=predictions.category_ids,
+        correct=matched >= 0,
+        ignored=ignored,
         ious=ious,
-        matched_category_ids=matched.astype(int),
+        matched_annotations=matched,
+        matched_category_ids=np.append(objects.category_ids, -1)[matched],
         best_ious=best_ious,
         num_ground_truths=counts,
-        pictures=np.array([record["id"] for record in evaluation.cocoGt.dataset["images"]], dtype=int),
+        pictures=pictures,
     )
+
+
+# How many numbers an intermediate result may have: groups are taken in batches of about this size.
+_MOST = 2_000_000
+
+
+def _match_groups(
+    predictions: Columns,
+    groups_of: np.ndarray,
+    objects: Columns,
+    groups: np.ndarray,
+    crowds: np.ndarray,
+    aside: np.ndarray,
+    thresholds: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Match inside groups, all groups at once: first the most confident prediction of each, then the second, ...
+
+    Returns the position of the object that each prediction took (-1: none), whether it fell on a crowd and the IoU
+    with what it took, each `(T, n)`, and the largest IoU with any object that is not set aside, `(n,)`.
+    """
+    shape = (len(thresholds), len(predictions.scores))
+    matched, ignored, ious, best = np.full(shape, -1), np.zeros(shape, bool), np.zeros(shape), np.zeros(shape[1])
+    least = np.minimum(thresholds, 1 - 1e-10)[:, None, None]  # as in COCO
+
+    rows = np.lexsort((-predictions.scores, groups_of))  # predictions, group by group, each by falling score
+    columns = np.argsort(groups, kind="stable")
+    names, starts, sizes = np.unique(groups_of[rows], return_index=True, return_counts=True)
+    first, last = (np.searchsorted(groups[columns], names, side=side) for side in ("left", "right"))
+    widths = last - first
+    todo = np.flatnonzero(widths)
+    todo = todo[np.lexsort((-sizes[todo], np.ceil(np.log2(widths[todo]))))]  # alike in width, the longest first
+    while len(todo):
+        width = 2 ** int(np.ceil(np.log2(widths[todo[0]])))
+        alike = int(np.searchsorted(np.ceil(np.log2(widths[todo])), np.log2(width), side="right"))
+        batch, todo = np.split(todo, [min(alike, max(1, _MOST // (len(thresholds) * width)))])
+        places = first[batch, None] + np.arange(width)
+        there = places < last[batch, None]
+        places = columns[np.minimum(places, len(columns) - 1)]
+        boxes, crowd, other = objects.boxes[places], crowds[places] & there, aside[places] & there
+        free = np.repeat(there[None], len(thresholds), axis=0)
+        for rank in range(sizes[batch[0]]):
+            count = int(np.searchsorted(-sizes[batch], -rank, side="left"))  # groups with so many predictions
+            row = rows[starts[batch[:count]] + rank]
+            overlap = _overlaps(predictions.boxes[row][:, None], boxes[:count], crowd[:count])
+            best[row] = np.where(there[:count] & ~other[:count], overlap, 0).max(axis=1)
+            within = free[:, :count] & (overlap >= least)
+            column, value = _largest(np.where(within & ~other[:count], overlap, -1.0))
+            right = value >= 0
+            matched[:, row] = np.where(right, places[np.arange(count), column], -1)
+            ious[:, row] = np.where(right, value, 0)
+            second, value = _largest(np.where(within & other[:count], overlap, -1.0))
+            ignored[:, row] = ~right & (value >= 0)
+            column = np.where(right, column, second)
+            taken = (right | ignored[:, row]) & ~crowd[np.arange(count), column]  # a crowd holds any number
+            threshold, group = np.nonzero(taken)
+            free[threshold, group, column[threshold, group]] = False
+    return matched, ignored, ious, best
+
+
+def _largest(overlaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return place and value of the largest number of each row; of equal ones COCO takes the last."""
+    places = overlaps.shape[-1] - 1 - overlaps[..., ::-1].argmax(axis=-1)
+    return places, np.take_along_axis(overlaps, places[..., None], axis=-1)[..., 0]
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """Return pycocotools' IoU of xywh boxes: of a crowd, the share of the box that lies in it."""
+    near = np.maximum(boxes[..., :2], others[..., :2])
+    far = np.minimum(boxes[..., :2] + boxes[..., 2:], others[..., :2] + others[..., 2:])
+    common = (far - near).clip(0).prod(axis=-1)
+    area, other = boxes[..., 2:].prod(axis=-1), others[..., 2:].prod(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nan_to_num(common / np.where(crowd, area, area + other - common), posinf=0.0)

@@ -14,6 +14,7 @@ from drmm_hf.data.coco import coco_paths, load_detection_dataset
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.data.loading import load_image
 
+from .breakdown import breakdown as measure_breakdown
 from .calibration import calibration_report
 from .coco_metrics import ground_truth, load_annotations
 from .deduplication import sweep
@@ -99,6 +100,7 @@ def analyse(
     calibration: bool = False,
     calibrators: str | Path | None = None,
     duplicates: bool = False,
+    breakdown: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Do what was asked with detections, one analysis after the other, and write the json of each.
 
@@ -111,9 +113,10 @@ def analyse(
         calibration (`bool`): Whether to compute the `calibration_report`, and fit `calibrators.json`.
         calibrators (`str` or `Path`, *optional*): File of calibrators to test instead, in `calibrated` of that report.
         duplicates (`bool`): Whether to `sweep` over NMS and winner-take-all.
+        breakdown (`bool`): Whether to measure by size, aspect ratio and crowding, and count the kinds of errors.
 
     Yields:
-        `tuple[str, dict]`: Name and content: `thresholds`, `calibration`, `duplicates`.
+        `tuple[str, dict]`: Name and content: `thresholds`, `calibration`, `duplicates`, `breakdown`.
 
     Raises:
         ValueError: If the calibrators cannot be fitted, or were fitted on these pictures.
@@ -136,6 +139,9 @@ def analyse(
         label_map = LabelMap.from_categories(annotations["categories"])
         detections = Detections.from_coco(entries, label_map, [record["id"] for record in annotations["images"]])
         yield "duplicates", write_json(sweep(detections, annotations, top_k=top_k), output_dir / "duplicates.json")
+    if breakdown:
+        report = measure_breakdown(annotations, entries, top_k)
+        yield "breakdown", write_json(report, output_dir / "breakdown.json")
 
 
 def measure_likelihood(

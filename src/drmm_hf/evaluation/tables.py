@@ -6,6 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .breakdown import ERRORS
+
+
+BREAKDOWNS = {
+    "size": "side of the object (px)",
+    "aspect_ratio": "width / height",
+    "objects": "objects in the picture",
+    "overlap": "IoU with one of its class",
+}
+
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Return the figures as lines of text, in per cent.
@@ -196,6 +206,47 @@ def comparison_table(losses: Mapping[str, Any], other: Mapping[str, Any]) -> str
     return "\n".join(lines)
 
 
+def breakdown_table(report: Mapping[str, Any]) -> str:
+    """Return figures by size, aspect ratio and crowding as lines of text, in per cent.
+
+    Args:
+        report (`Mapping`): From `drmm_hf.evaluation.breakdown.breakdown`.
+
+    Returns:
+        `str`: A line a bin that has objects, then a line a kind of error.
+    """
+    figures = ("AP", "recall", "AR", "ECE", "ECE_0.1")
+    lines = []
+    for name, title in BREAKDOWNS.items():
+        lines += ["", f"{title:<26}{'objects':>9}" + "".join(f"{figure:>9}" for figure in figures)]
+        for one in report[name]:
+            if one["num_ground_truths"]:
+                values = "".join(f"{_per_cent(one[figure]):>9}" for figure in figures)
+                lines.append(f"{range_name(one):<26}{one['num_ground_truths']:>9}{values}")
+    if report["errors"] is None:
+        return "\n".join([*lines[1:], "", 'for the kinds of errors: pip install "drmm-hf[fast-eval]"'])
+    lines += ["", f"{'error':<26}{'number':>9}{'AP50':>9}"]
+    for name, title in ERRORS.items():
+        delta = f"+{100 * report['errors']['delta'][name]:.2f}"
+        lines.append(f"{title:<26}{report['errors']['counts'][name]:>9}{delta:>9}")
+    lines += ["", f"AP50 is {_per_cent(report['errors']['AP50'])}; beside each error, what it would gain without them"]
+    return "\n".join(lines[1:])
+
+
+def range_name(one: Mapping[str, Any]) -> str:
+    """Return the name of a bin.
+
+    Args:
+        one (`Mapping`): With `low` and, unless it has no end, `high`.
+
+    Returns:
+        `str`: Such as "16 to 32".
+    """
+    if one["high"] is None:
+        return f"{one['low']:.3g} and more"
+    return f"{one['low']:.3g} to {one['high']:.3g}"
+
+
 def _per_cent(value: float | None) -> str:
     """Return a fraction in per cent."""
     return "-" if value is None else f"{100 * value:.2f}"
@@ -207,5 +258,6 @@ TABLES = {
     "thresholds": threshold_table,
     "calibration": calibration_table,
     "duplicates": sweep_table,
+    "breakdown": breakdown_table,
     "likelihood": likelihood_table,
 }

@@ -11,6 +11,7 @@ import numpy as np
 
 from .draw_boxes import draw_boxes, grid
 from .plots import (
+    breakdown_diagram,
     confidence_boxes,
     confusion_diagram,
     deduplication_curves,
@@ -70,7 +71,7 @@ def draw_report(
     """Draw one part of an evaluation.
 
     Args:
-        name (`str`): Of the part: `metrics`, `thresholds`, `calibration`, `duplicates`; others have no picture.
+        name (`str`): Of the part, a key of `PICTURES`; others have no picture.
         report (`Mapping`): Its figures, the content of `NAME.json`.
         output_dir (`str` or `Path`): Where to write.
         picture (`Callable`, *optional*): From an image id to the picture. None: none are drawn.
@@ -137,6 +138,10 @@ def _duplicates(report: Mapping[str, Any], folder: Path, picture: Callable[[int]
     return paths
 
 
+def _breakdown(report: Mapping[str, Any], folder: Path, _: Any) -> list[Path]:
+    return [breakdown_diagram(report, folder / "breakdown.png")]
+
+
 def _bins(entry: Mapping[str, Any]) -> SimpleNamespace:
     """Return the bins of a calibration error, which json has as lists."""
     reliability = entry["reliability"]
@@ -152,4 +157,5 @@ PICTURES = {
     "thresholds": _thresholds,
     "calibration": _calibration,
     "duplicates": _duplicates,
+    "breakdown": _breakdown,
 }

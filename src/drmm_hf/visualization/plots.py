@@ -228,6 +228,66 @@ def audit_curves(scored: Mapping[str, Any], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def breakdown_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw AP, recall and calibration error by size, aspect ratio and crowding, and what each kind of error costs.
+
+    Args:
+        report (`Mapping`): From `drmm_hf.evaluation.breakdown.breakdown`. Bins without objects are left out.
+        path (`str` or `Path`): Picture to write; its folder is made.
+
+    Returns:
+        `Path`: The picture.
+    """
+    titles = {
+        "size": "side of the object (pixels)",
+        "aspect_ratio": "width / height",
+        "objects": "objects in the picture",
+        "overlap": "IoU with one of its class",
+    }
+    lines = {
+        "AP": ("AP", _SHADES[0], "o"),
+        "recall": ("recall at IoU 0.5", _SHADES[2], "s"),
+        "ECE_0.1": ("ECE of scores above 0.1", _SHADES[4], "^"),
+    }
+    errors = report["errors"]
+    figure = _figure(3.6 * 3 if errors else 3.9 * 2, 6.6)
+    axes = figure.subplots(2, 3 if errors else 2)
+    panels = axes[:, :2].flatten() if errors else axes.flatten()
+    for one, (name, title) in zip(panels, titles.items(), strict=True):
+        bins = [entry for entry in report[name] if entry["num_ground_truths"]]
+        for key, (label, shade, marker) in lines.items():
+            points = [(place, 100 * entry[key]) for place, entry in enumerate(bins) if entry[key] is not None]
+            if points:
+                one.plot(*zip(*points, strict=True), color=shade, marker=marker, markersize=5, label=label)
+        names = [
+            f"{entry['low']:.3g}+" if entry["high"] is None else f"{entry['low']:.2g}-{entry['high']:.3g}"
+            for entry in bins
+        ]
+        names = [f"{label}\n({_short(entry['num_ground_truths'])})" for label, entry in zip(names, bins, strict=True)]
+        one.set_xticks(range(len(bins)), names)
+        one.set(ylim=(0, 102), xlim=(-0.4, max(len(bins), 1) - 0.6), ylabel="%")
+        one.set_title(title[0].upper() + title[1:], loc="left", fontweight="bold", color=_INK)
+        _plain(one)
+        one.tick_params(axis="x", labelsize=7.5)
+    panels[0].legend(frameon=False, loc="lower right", fontsize=8.5)
+    if errors:
+        names = {"Cls": "class", "Loc": "place", "Both": "both", "Dupe": "duplicate", "Bkg": "nothing\nthere"}
+        names["Miss"] = "missed"
+        deltas = [100 * errors["delta"][name] for name in names]
+        axes[0, 2].barh(list(names.values()), deltas, color=_BLUE)
+        axes[0, 2].set_title("Errors: AP50 without them", loc="left", fontweight="bold", color=_INK)
+        axes[0, 2].set_xlabel("gain in points")
+        axes[1, 2].barh(list(names.values()), [errors["counts"][name] for name in names], color="#8a94a3")
+        axes[1, 2].set_title("Number of errors", loc="left", fontweight="bold", color=_INK)
+        axes[1, 2].set_xscale("symlog", linthresh=1)
+        for one in axes[:, 2]:
+            one.invert_yaxis()
+            _plain(one)
+            one.grid(axis="y", visible=False)
+            one.grid(axis="x", color=_PALE, linewidth=0.7)
+    return _save(figure, path)
+
+
 def training_curves(log: str | Path, path: str | Path, title: str = "Training") -> Path:
     """Draw the loss and, for each stage, the share of the leading component over the training steps.
 
