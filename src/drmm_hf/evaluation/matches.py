@@ -30,6 +30,7 @@ class Matches:
         ignored (`np.ndarray` of shape `(T, n)`): Whether it fell on a crowd region, and is neither right nor wrong.
         ious (`np.ndarray` of shape `(T, n)`): IoU with the ground truth that it took; 0 if none.
         matched_category_ids (`np.ndarray` of shape `(T, n)`): Category of the ground truth that it took; -1 if none.
+        annotation_indices (`np.ndarray` of shape `(T, n)`): Its position among the annotations; -1 if none.
         best_ious (`np.ndarray` of shape `(n,)`): Largest IoU with any ground truth of its class, taken or not.
         num_ground_truths (`dict[int, int]`): Number of ground truths of each category, without crowds.
         pictures (`np.ndarray`): Ids of all pictures, those without predictions too.
@@ -44,6 +45,7 @@ class Matches:
     ignored: np.ndarray
     ious: np.ndarray
     matched_category_ids: np.ndarray
+    annotation_indices: np.ndarray
     best_ious: np.ndarray
     num_ground_truths: dict[int, int]
     pictures: np.ndarray
@@ -101,7 +103,7 @@ def match(
     evaluation.params.useCats = int(class_aware)
     run_quietly(evaluation, "matching predictions")
 
-    objects, columns = evaluation.cocoGt.anns, [[] for _ in range(6)]
+    objects, columns = evaluation.cocoGt.anns, [[] for _ in range(7)]
     for group in evaluation.evalImgs:
         if group is None or not group["dtIds"]:
             continue
@@ -125,15 +127,19 @@ def match(
             ignored,
             np.where(correct, ious[np.arange(len(ious)), taken_column], 0.0),
             np.where(correct, categories[taken_column], -1),
+            np.where(correct, matched - 1, -1),
             ious[:, no_crowd].max(axis=1),
         )
         for column, part in zip(columns, parts, strict=True):
             column.append(part)
     num_thresholds = len(evaluation.params.iouThrs)
     wrong = np.zeros((num_thresholds, len(hopeless)))
-    for column, part in zip(columns, (hopeless, wrong, wrong, wrong, wrong - 1, np.zeros(len(hopeless))), strict=True):
+    none = wrong - 1
+    parts = (hopeless, wrong, wrong, wrong, none, none, np.zeros(len(hopeless)))
+    for column, part in zip(columns, parts, strict=True):
         column.append(np.asarray(part))
-    indices, correct, ignored, ious, matched, best_ious = (np.concatenate(column, axis=-1) for column in columns)
+    columns = [np.concatenate(column, axis=-1) for column in columns]
+    indices, correct, ignored, ious, matched, annotation_indices, best_ious = columns
     indices = indices.astype(int)
     entries = [detections_coco[index] for index in indices.tolist()]
     counts = {record["id"]: 0 for record in evaluation.cocoGt.dataset["categories"]}
@@ -149,6 +155,7 @@ def match(
         ignored=ignored.astype(bool),
         ious=ious,
         matched_category_ids=matched.astype(int),
+        annotation_indices=annotation_indices.astype(int),
         best_ious=best_ious,
         num_ground_truths=counts,
         pictures=np.array([record["id"] for record in evaluation.cocoGt.dataset["images"]], dtype=int),
