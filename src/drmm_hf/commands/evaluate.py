@@ -71,6 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrators", metavar="FILE", help="test calibrators.json, which --calibration wrote for another split"
     )
     parser.add_argument(
+        "--coverage", action="store_true", help="measure how often intervals from box scales hold the annotated sides"
+    )
+    parser.add_argument(
+        "--freedom",
+        type=float,
+        metavar="V",
+        help="degrees of freedom of the density whose scales FILE has (default: 1, Cauchy; inf: Gaussian)",
+    )
+    parser.add_argument(
         "--losses", action="store_true", help="measure the likelihood of the annotations too (D-RMM's mixtures only)"
     )
     parser.add_argument(
@@ -93,18 +102,25 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"both the model {args.model!r} and --detections are given; the rule is one of them.")
         if args.losses or args.against:
             raise ValueError("--losses needs a model: boxes and scores alone have no density.")
+        freedom = 1.0 if args.freedom is None else args.freedom
+        if not freedom > 0:
+            raise ValueError(f"freedom is {freedom}; the rule is above 0.")
         args.model, args.data = None, args.model
     elif args.data is None:
         raise ValueError("DATA is missing: drmm evaluate MODEL DATA, or drmm evaluate DATA --detections FILE.")
+    elif args.freedom is not None:
+        raise ValueError("--freedom is for --detections; a model knows its own density.")
 
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
     from ..data.coco import coco_paths, load_detection_dataset
     from ..evaluation.coco_metrics import ground_truth, load_annotations
+    from ..evaluation.coverage import coverage_table
     from ..evaluation.evaluate import category_of_label, class_table, evaluate, measure
     from ..evaluation.likelihood import check_density, likelihoods, summarize
     from ..evaluation.predict import load_detector
+    from ..modeling.mixture import tail_freedom
 
     source_of_model = None if args.model is None else find_source(args.model)
     is_file = args.annotations is None and args.data.endswith(".json")
@@ -122,26 +138,42 @@ def run(args: argparse.Namespace) -> int:
     other = None if args.against is None else json.loads(Path(args.against).read_text())
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
 
+    calibration = None
     if args.model is None:
         detections, mapping = load_results(args.detections, annotations)
         metrics = measure(detections, annotations, mapping, args.output, **options)
     else:
         model, processor = load_detector(source_of_model, args.device)
-        if args.losses or other:
+        if args.losses or other or args.coverage:
             check_density(model.config)
+        calibration, freedom = getattr(processor, "calibration", None), 1.0
+        if args.calibrators and calibration:
+            raise ValueError(
+                "the model's processor calibrates already; --calibrators are for predictions as they are."
+            )
+        if hasattr(model.config, "coordinate_distribution"):
+            freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
         categories = annotations["categories"]
         print(class_table(model.config, categories, category_of_label(model.config, categories)), flush=True)
         metrics = evaluate(model, processor, dataset, annotations, args.output, batch_size=args.batch_size, **options)
     written = ["metrics.json", "detections.json", *draw_pictures(dataset, annotations, Path(args.output))]
     print(f"\n{table(metrics)}")
+    if calibration:
+        print(f"\n{calibration_note(calibration, annotations)}")
     if args.thresholds:
         curves, files = measure_thresholds(annotations, Path(args.output), args.top_k)
         written += files
         print(f"\n{threshold_table(curves)}")
     if args.calibration or args.calibrators:
-        report, files = measure_calibration(annotations, Path(args.output), args.top_k, args.calibrators)
+        report, files = measure_calibration(
+            annotations, Path(args.output), args.top_k, args.calibrators, freedom, calibration is None
+        )
         written += files
         print(f"\n{calibration_table(report)}")
+    if args.coverage:
+        report, files = measure_coverage(annotations, Path(args.output), args.top_k, freedom, args.calibrators)
+        written += files
+        print(f"\n{coverage_table(report)}")
     if args.sweep:
         swept, files = measure_duplicates(dataset, annotations, Path(args.output), args.top_k)
         written += files
@@ -302,7 +334,12 @@ def calibration_table(report: Mapping[str, Any]) -> str:
 
 
 def measure_calibration(
-    annotations: Mapping[str, Any], output: Path, top_k: int, calibrators: str | None = None
+    annotations: Mapping[str, Any],
+    output: Path,
+    top_k: int,
+    calibrators: str | None = None,
+    freedom: float = 1.0,
+    fit: bool = True,
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure reliability and draw it; fit calibrators, or test those of another split.
 
@@ -312,6 +349,8 @@ def measure_calibration(
             `calibrators.json` unless there are some to test.
         top_k (`int`): Number of predictions a picture.
         calibrators (`str`, *optional*): File of calibrators to test.
+        freedom (`float`): Degrees of freedom of the density of the box scales.
+        fit (`bool`): Whether to fit calibrators; not to scores that are calibrated already.
 
     Returns:
         `tuple[dict, list[str]]`: The report, and the names of the files.
@@ -324,11 +363,11 @@ def measure_calibration(
 
     entries = json.loads((output / "detections.json").read_text())
     report, names = calibration_report(annotations, entries, top_k), ["calibration.json"]
-    if calibrators is None:
-        fitted = fit_calibrators(annotations, entries, top_k)
+    if calibrators is None and fit:
+        fitted = fit_calibrators(annotations, entries, top_k, freedom)
         (output / "calibrators.json").write_text(json.dumps(fitted, indent=2, allow_nan=False) + "\n")
         names.append("calibrators.json")
-    else:
+    elif calibrators is not None:
         fitted = json.loads(Path(calibrators).read_text())
         report["calibrated"] = apply_calibrators(fitted, annotations, entries, top_k)
     (output / "calibration.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -346,6 +385,61 @@ def measure_calibration(
             reliability_diagrams(results, output / name, labels, notes)
             names.append(name)
     return report, names
+
+
+def calibration_note(calibration: Mapping[str, Any], annotations: Mapping[str, Any]) -> str:
+    """Say that a processor's calibration is in the figures.
+
+    Args:
+        calibration (`Mapping`): Of the processor.
+        annotations (`Mapping`): The COCO annotations.
+
+    Returns:
+        `str`: One line, or two if it was fitted on the same pictures.
+    """
+    from ..evaluation.recalibration import same_pictures
+
+    parts = []
+    scores = calibration.get("scores")
+    if scores:
+        number = f" {scores['temperature']:.3f}" if scores["method"] == "temperature" else ""
+        parts.append(f"scores are calibrated ({scores['method']}{number})")
+    if "scale_factor" in calibration:
+        parts.append(f"box scales are multiplied by {calibration['scale_factor']:.3f}")
+    note = f"measured as the processor gives them: {' and '.join(parts)}"
+    if same_pictures(calibration, annotations):
+        note += "\nthis was fitted on these very pictures; measure on others"
+    return note
+
+
+def measure_coverage(
+    annotations: Mapping[str, Any], output: Path, top_k: int, freedom: float, calibrators: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Measure and draw how often intervals hold the annotated sides.
+
+    Args:
+        annotations (`Mapping`): The COCO annotations.
+        output (`Path`): Folder that holds `detections.json`; `coverage.json` and the figure go there too.
+        top_k (`int`): Number of predictions a picture.
+        freedom (`float`): Degrees of freedom of the density of the box scales.
+        calibrators (`str`, *optional*): File of calibrators whose factor on the scales is tested.
+
+    Returns:
+        `tuple[dict, list[str]]`: The report, and the names of the files.
+    """
+    from transformers.utils import is_matplotlib_available
+
+    from ..evaluation.coverage import coverage_report
+    from ..visualization.coverage_plot import coverage_diagram
+
+    entries = json.loads((output / "detections.json").read_text())
+    factor = None if calibrators is None else json.loads(Path(calibrators).read_text()).get("scale_factor")
+    report = coverage_report(annotations, entries, freedom, top_k, factor)
+    (output / "coverage.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if not is_matplotlib_available():
+        return report, ["coverage.json"]
+    coverage_diagram(report, output / "coverage.png")
+    return report, ["coverage.json", "coverage.png"]
 
 
 def sweep_table(swept: Mapping[str, Any]) -> str:

@@ -65,7 +65,9 @@ def evaluate(
     mapping = category_of_label(model.config, annotations["categories"])
     check_images(annotations, dataset["image_id"])
     detections = predict(model, processor, dataset, batch_size, device, top_k, progress)
-    return measure(detections, annotations, mapping, output_dir, top_k=top_k, nms=nms, wta=wta)
+    calibration = getattr(processor, "calibration", None)
+    options = {"top_k": top_k, "nms": nms, "wta": wta, "calibration": calibration}
+    return measure(detections, annotations, mapping, output_dir, **options)
 
 
 def measure(
@@ -77,6 +79,7 @@ def measure(
     top_k: int = 100,
     nms: float | None = None,
     wta: float | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compute the figures of detections that are already there, such as those merged from several processes.
 
@@ -90,14 +93,15 @@ def measure(
         nms (`float`, *optional*): IoU of a non-maximum suppression among these predictions, see
             `drmm_hf.evaluation.deduplication.nms`. None, as D-RMM is meant to be used, applies none.
         wta (`float`, *optional*): Likewise of `drmm_hf.evaluation.deduplication.winner_take_all`, instead of `nms`.
+        calibration (`Mapping`, *optional*): What the processor has corrected scores and scales with, to be written.
 
     Returns:
         `dict`: COCO's twelve figures and `AP_per_class` (fractions), `ECE` and `ECE_0.1`, `reliability` (edges,
         confidence, accuracy and count of the bins), and the counts `num_images`, `num_ground_truths`, `num_crowds`,
         `num_detections`, `num_boxes_without_size` and `num_other_labels` (both left out). `deduplication` is None or
         says what was applied: `method` ("nms" or "wta"), `iou_threshold`, `num_removed` and `num_capped` (sums of
-        confidences stopped at 1). What is not defined, such
-        as `APs` without small objects, is None.
+        confidences stopped at 1); `calibration` is the argument. What is not defined, such as `APs` without small
+        objects, is None.
 
     Raises:
         ValueError: If detections and annotations do not hold the same pictures, if both `nms` and `wta` are given, or
@@ -137,6 +141,7 @@ def measure(
         "num_boxes_without_size": known.num_boxes_without_size,
         "num_other_labels": num_other_labels,
         "deduplication": deduplication,
+        "calibration": calibration,
     }
     if output_dir is not None:
         output_dir = Path(output_dir)
