@@ -33,7 +33,9 @@ def coverage_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
         zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True)
     ):
         axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="nominal")
-        axes.plot(levels, group["expected"], color=_INK, linewidth=1.6, linestyle=(0, (1, 1.5)), label="expected")
+        axes.plot(
+            levels, group["expected"], color=_INK, linewidth=1.6, linestyle=(0, (1, 1.5)), label="of a right density"
+        )
         for (edge, style), shade in zip(_EDGES.items(), _SHADES[1:], strict=False):
             axes.plot(levels, group[edge], color=shade, linewidth=1.2, linestyle=style, label=edge)
         low, high = np.array(group["all_interval"]).T
