@@ -129,10 +129,15 @@ def test_what_cannot_be_measured_is_said_in_words():
     truth, detections = world(math.inf, num_images=2)
     with pytest.raises(ValueError, match="1 of 8 detections have no box_scales"):
         coverage_report(truth, [*detections[:7], {k: v for k, v in detections[7].items() if k != "box_scales"}])
-    with pytest.raises(ValueError, match=r"box_scales go down to 0\.0; the rule is above 0"):
-        coverage_report(truth, [entry | {"box_scales": [1.0, 1.0, 0.0, 1.0]} for entry in detections])
     with pytest.raises(ValueError, match="none of 0 detections is correct"):
         coverage_report(truth, [])
+
+
+def test_a_scale_of_zero_and_exact_boxes_are_no_trouble():
+    truth, detections = world(math.inf, num_images=2)
+    zero = coverage_report(truth, [entry | {"box_scales": [0.0] * 4} for entry in detections])
+    assert zero["predicted"]["all"] == [0.0] * len(LEVELS)
     exact = [{**entry, "bbox": record["bbox"]} for entry, record in zip(detections, truth["annotations"], strict=True)]
-    with pytest.raises(ValueError, match="half of the annotated sides are predicted exactly"):
-        coverage_report(truth, exact)
+    report = coverage_report(truth, exact)
+    assert report["best_scale_factor"] is None and report["predicted"]["all"] == [1.0] * len(LEVELS)
+    assert "factor" not in coverage_table(report)

@@ -134,7 +134,7 @@ def test_the_fields_are_the_fitted_maps(scene):
     fields = calibration_fields(truth, detections, method="isotonic", scales=False)
     assert fields["calibration"] == {"scores": fitted["isotonic"], "fitted_on": fitted["fitted_on"]}
     assert calibration_fields(truth, detections, method=None, scales=False)["calibration"] is None
-    with pytest.raises(ValueError, match="no box_scales to correct"):
+    with pytest.raises(ValueError, match="no box_scales that a factor could correct"):
         calibration_fields(truth, detections)
 
 

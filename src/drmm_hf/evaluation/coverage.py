@@ -29,6 +29,7 @@ LEVELS = (*(round(0.05 * index, 2) for index in range(1, 20)), 0.99)
 PRINTED_LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 _IOU_THRESHOLD = 0.5
+_SMALLEST_SCALE = 1e-9  # pixels, as in the model's density
 _NUM_SAMPLES = 256  # of a sequence that fills space evenly, hence few
 _ROWS_AT_ONCE = 1024
 
@@ -70,7 +71,7 @@ def matched_boxes(
         `MatchedBoxes`: The pairs.
 
     Raises:
-        ValueError: If a result has no scales, a scale is not positive, or no prediction is correct.
+        ValueError: If a result has no scales, or no prediction is correct.
     """
     lacking = sum("box_scales" not in entry for entry in detections_coco)
     if lacking:
@@ -82,13 +83,11 @@ def matched_boxes(
         raise ValueError(f"none of {len(detections_coco)} detections is correct; there is nothing to compare with.")
     entries = [detections_coco[index] for index in matches.indices[correct].tolist()]
     records = [annotations["annotations"][index] for index in matches.annotation_indices[0][correct].tolist()]
-    scales = np.array([entry["box_scales"] for entry in entries], dtype=float)
-    if not (scales > 0).all():
-        raise ValueError(f"box_scales go down to {scales.min()}; the rule is above 0.")
+    scales = np.array([entry["box_scales"] for entry in entries], dtype=float).clip(min=_SMALLEST_SCALE)
     return MatchedBoxes(_corners(entries), scales, _corners(records), matches.image_ids[correct])
 
 
-def fit_scale_factor(matched: MatchedBoxes, freedom: float = 1.0) -> float:
+def fit_scale_factor(matched: MatchedBoxes, freedom: float = 1.0) -> float | None:
     """Find the factor under which the intervals of 50 % hold half of the annotated sides.
 
     It is the median error over that of the density. The median hardly feels the selection by the matching, nor the
@@ -99,17 +98,11 @@ def fit_scale_factor(matched: MatchedBoxes, freedom: float = 1.0) -> float:
         freedom (`float`): Degrees of freedom of the density: 1 is Cauchy, infinity Gaussian.
 
     Returns:
-        `float`: What scales are to be multiplied with.
-
-    Raises:
-        ValueError: If half of the sides are predicted exactly.
+        `float`: What scales are to be multiplied with; None if half of the sides are predicted exactly.
     """
     from scipy.stats import t
 
-    factor = float(np.median(matched.errors) / t.ppf(0.75, freedom))
-    if factor <= 0:
-        raise ValueError("half of the annotated sides are predicted exactly; no scale is small enough for that.")
-    return factor
+    return float(np.median(matched.errors) / t.ppf(0.75, freedom)) or None
 
 
 def coverage_report(
@@ -165,7 +158,7 @@ def coverage_table(report: Mapping[str, Any]) -> str:
     """
     columns = ("all", *EDGES, "expected")
     titles = "".join(f"{title:>9}" for title in columns)
-    lines = [f"{'interval':<18}{titles[:9]}{'95 %':>16}{titles[9:]}"]
+    lines = [f"{'interval':<18}{titles[:9]}{'95 %':>18}{titles[9:]}"]
     for name in ("predicted", "rescaled"):
         if name not in report:
             continue
@@ -176,13 +169,15 @@ def coverage_table(report: Mapping[str, Any]) -> str:
             values = [f"{100 * group[column][place]:>9.2f}" for column in columns]
             low, high = (f"{100 * end:.2f}" for end in group["all_interval"][place])
             level = f"{100 * report['levels'][place]:g} %"
-            lines.append(f"{level:<18}{values[0]}{f'{low} to {high}':>16}{''.join(values[1:])}")
+            lines.append(f"{level:<18}{values[0]}{f'{low} to {high}':>18}{''.join(values[1:])}")
     lines += [
         "",
         f"sides of the {report['num_matched']} correct predictions of {report['num_ground_truths']} objects",
         "expected: of a right density under the same matching",
-        f"{report['best_scale_factor']:.3f} is the factor on the scales that would be right for half of these sides",
     ]
+    if report["best_scale_factor"] is not None:
+        factor = f"{report['best_scale_factor']:.3f}"
+        lines.append(f"{factor} is the factor on the scales that would be right for half of these sides")
     return "\n".join(lines)
 
 

@@ -171,7 +171,8 @@ def fit_calibrators(
     scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
     fitted = {method: fit(scores, correct).to_dict() for method, fit in CALIBRATORS.items()}
     if all("box_scales" in entry for entry in detections_coco):
-        fitted["scale_factor"] = fit_scale_factor(matched_boxes(annotations, detections_coco, top_k), freedom)
+        factor = fit_scale_factor(matched_boxes(annotations, detections_coco, top_k), freedom)
+        fitted |= {} if factor is None else {"scale_factor": factor}
     return fitted | {"fitted_on": {"num_images": len(annotations["images"]), "pictures": _fingerprint(annotations)}}
 
 
@@ -245,7 +246,7 @@ def calibration_fields(
     annotations = load_annotations(annotations)
     fitted = fit_calibrators(annotations, detections_coco, top_k, freedom)
     if scales and "scale_factor" not in fitted:
-        raise ValueError("the detections have no box_scales to correct; only D-RMM's mixtures have.")
+        raise ValueError("the detections have no box_scales that a factor could correct; D-RMM's mixtures have.")
     calibration = {"scores": fitted[method]} if method else {}
     calibration |= {"scale_factor": fitted["scale_factor"]} if scales else {}
     fields = {"calibration": calibration | {"fitted_on": fitted["fitted_on"]} if calibration else None}
