@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         model, processor = DrmmForObjectDetection(DrmmConfig(**classes)), DrmmImageProcessor(size=size)
     else:
         model = AutoModelForObjectDetection.from_pretrained(args.init_from, ignore_mismatched_sizes=True, **classes)
-        processor = DrmmImageProcessor.from_pretrained(args.init_from, size=size)
+        processor = DrmmImageProcessor.from_pretrained(
+            args.init_from, size=size, calibration=None, score_threshold=None
+        )
 
     original_sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
 

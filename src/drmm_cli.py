@@ -22,6 +22,10 @@ COMMANDS = {
         "measure AP, calibration, duplicates and likelihoods of a detector",
         "drmm evaluate runs/quickstart/best DATA --split val --output OUT",
     ),
+    "calibrate": (
+        "correct confidences, box scales and the score threshold of a model folder, once for all its users",
+        "drmm calibrate runs/quickstart/best DATA --split val",
+    ),
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
     "convert": ("turn a public checkpoint into a model folder", "drmm convert drmm_r50.pth runs/drmm_r50"),
     "benchmark": ("measure speed beside that of others", "drmm benchmark loader DATA --split val"),

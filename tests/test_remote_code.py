@@ -39,13 +39,13 @@ image = np.load(f"{folder}/../picture.npy")
 inputs = processor(images=[image], return_tensors="pt")
 with torch.no_grad():
     outputs = model(**inputs)
-result = processor.post_process_object_detection(outputs, 0.1, [image.shape[:2]])[0]
+result = processor.post_process_object_detection(outputs, 0.05, [image.shape[:2]], interval=0.9)[0]
 detector = pipeline("object-detection", model=folder, trust_remote_code=True)
 answer = {
     "inputs": dict(inputs),
     "outputs": {name: value for name, value in outputs.items() if torch.is_tensor(value)},
     "result": result,
-    "detections": detector(Image.fromarray(image), threshold=0.1),
+    "detections": detector(Image.fromarray(image), threshold=0.05),
     "modules": [type(part).__module__ for part in (model, processor, base)],
     "imported": sorted(name for name in sys.modules if name.partition(".")[0] == "drmm_hf"),
     "state": base.state_dict(),
@@ -66,6 +66,8 @@ def model():
         intermediate_size=32,
         dynamic_size=4,
         id2label={0: "circle", 1: "square", 2: "star"},
+        coordinate_distribution="student_t",
+        student_t_freedom=3.5,
         backbone_config={
             "model_type": "resnet",
             "embedding_size": 8,
@@ -80,7 +82,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def processor():
-    return DrmmImageProcessor(size={"shortest_edge": 40, "longest_edge": 66})
+    calibration = {"scores": {"method": "temperature", "temperature": 0.8}, "scale_factor": 1.5}
+    return DrmmImageProcessor(size={"shortest_edge": 40, "longest_edge": 66}, calibration=calibration)
 
 
 def read(folder, name):
@@ -112,8 +115,8 @@ def test_same_numbers_where_the_package_is_absent(model, processor, tmp_path):
     inputs = processor(images=[image], return_tensors="pt")
     with torch.no_grad():
         outputs = here(**inputs)
-    result = processor.post_process_object_detection(outputs, 0.1, [image.shape[:2]])[0]
-    assert len(result["scores"]) > 0
+    result = processor.post_process_object_detection(outputs, 0.05, [image.shape[:2]], interval=0.9)[0]
+    assert len(result["scores"]) > 0 and result["box_intervals"].shape == (len(result["scores"]), 4, 2)
     expected = {"inputs": inputs, "outputs": outputs, "result": result, "state": model.model.state_dict()}
     for part, tensors in expected.items():
         tensors = {name: value for name, value in tensors.items() if torch.is_tensor(value)}

@@ -59,6 +59,16 @@ def model_folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def drmm_folder(tmp_path_factory):
+    """Return the folder of a random D-RMM with its processor."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("drmm")
+    for part in make_drmm():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def coco_folder(tmp_path_factory):
     """Return a COCO folder with a split of three pictures of two sizes, one of them empty."""
     folder = tmp_path_factory.mktemp("coco")

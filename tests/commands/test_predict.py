@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from drmm_cli import main
+from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.commands.predict import find_pictures
 
 
@@ -130,3 +131,41 @@ def test_a_mistyped_folder_of_a_model_fails_without_the_hub(coco_folder, tmp_pat
 def test_a_threshold_is_a_score(coco_folder, capsys, threshold):
     assert main(["predict", "model", str(coco_folder / "val" / "0.png"), f"--threshold={threshold}"]) == 2
     assert "threshold is" in capsys.readouterr().err
+
+
+def test_intervals_and_density(model_folder, coco_folder, tmp_path, capsys):
+    arguments = ["predict", str(model_folder), str(coco_folder / "val" / "0.png"), "--output", str(tmp_path / "out")]
+    if "drmm" not in model_folder.name:
+        for option in (["--interval", "0.9"], ["--density"]):
+            assert main([*arguments, *option]) == 2
+            assert "no density over boxes" in capsys.readouterr().err
+        return
+    assert main([*arguments, "--threshold", "0", "--interval", "0.9", "--density"]) == 0
+    (record,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert Image.open(record["density"]).width > 1000
+    processor = DrmmImageProcessor.from_pretrained(model_folder)
+    model = DrmmForObjectDetection.from_pretrained(model_folder).eval()
+    image = Image.open(coco_folder / "val" / "0.png")
+    with torch.no_grad():
+        outputs = model(**processor(images=[image], return_tensors="pt"))
+    (expected,) = processor.post_process_object_detection(outputs, 0.0, [image.size[::-1]], interval=0.9)
+    assert len(record["boxes"]) == len(expected["scores"]) == 12
+    for entry, limits in zip(record["boxes"], expected["box_intervals"].tolist(), strict=True):
+        np.testing.assert_allclose(entry["box_intervals"], limits, atol=2e-3)
+
+
+@pytest.mark.parametrize("interval", ["0", "1", "90", "nan"])
+def test_an_interval_is_a_share(coco_folder, capsys, interval):
+    assert main(["predict", "model", str(coco_folder / "val" / "0.png"), f"--interval={interval}"]) == 2
+    assert "interval is" in capsys.readouterr().err
+
+
+def test_the_threshold_of_the_folder_is_the_default(model_folder, coco_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "drmm")
+    path = tmp_path / "drmm" / "preprocessor_config.json"
+    saved = [0.0, 1.0]  # every round one, no square one
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"score_threshold": saved}))
+    assert main(["predict", str(tmp_path / "drmm"), str(coco_folder / "val"), "--output", str(tmp_path / "out")]) == 0
+    records = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    labels = {entry["label"] for record in records for entry in record["boxes"]}
+    assert labels == ({"round"} if "drmm" in model_folder.name else labels)

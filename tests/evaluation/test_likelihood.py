@@ -136,6 +136,16 @@ def test_every_term_equals_scipy_in_plain_loops(overrides, dataset):
     for name in expected[0]["stages"][0]:
         wanted = np.array([[stage[name] for stage in entry["stages"]] for entry in expected]).swapaxes(0, 1)
         np.testing.assert_allclose(getattr(result, name), wanted, rtol=1e-9, atol=1e-13, err_msg=name)
+    for row, mine in ((0, [0, 1, 2]), (1, [3])):  # the model's own method says the same of the last stage
+        objects = [item for item in dataset[row]["objects"] if not item["iscrowd"]]
+        corner, size = torch.tensor([item["bbox"] for item in objects], dtype=torch.float64).split(2, dim=1)
+        height, width = SIZES[row]
+        boxes = torch.cat([corner + size / 2, size], dim=1) / torch.tensor([width, height] * 2)
+        classes = torch.tensor([model.config.category_ids.index(item["category_id"]) for item in objects])
+        inputs = processor(images=dataset[row]["image"], return_tensors="pt")
+        labels = [{"class_labels": classes, "boxes": boxes}]
+        (found,) = model.log_likelihood(inputs["pixel_values"].double(), labels, inputs["pixel_mask"])
+        np.testing.assert_allclose(-found.numpy(), result.nll[-1, mine], rtol=1e-10)
     assert np.ptp(result.nll) > 0.1 and 0.2 < result.share.mean() < 0.999  # components differ, and share
 
 

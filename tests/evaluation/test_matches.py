@@ -63,6 +63,12 @@ def test_every_prediction_is_what_the_rule_says(scene, seed, top_k, thresholds, 
                 assert matches.matched_category_ids[row, place] == taken
             found = (*(column[row, place] for column in columns), matches.best_ious[place])
             assert found == pytest.approx(expected[index])
+            if expected[index][0]:
+                record = truth["annotations"][matches.matched_annotations[row, place]]
+                assert overlap(detections[index]["bbox"], record["bbox"], False) == pytest.approx(found[3])
+                assert record["image_id"] == detections[index]["image_id"] and not record["iscrowd"]
+            else:
+                assert matches.matched_annotations[row, place] == -1
     for name in ("image_id", "category_id", "score"):
         values = [detections[index][name] for index in matches.indices.tolist()]
         assert getattr(matches, f"{name}s").tolist() == values

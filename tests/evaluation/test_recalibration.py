@@ -11,10 +11,13 @@ from drmm_hf.evaluation.calibration import calibration
 from drmm_hf.evaluation.recalibration import (
     Calibrator,
     apply_calibrators,
+    calibration_fields,
     fit_calibrators,
     fit_isotonic,
     fit_temperature,
+    same_pictures,
 )
+from drmm_hf.evaluation.thresholds import threshold_curves
 
 
 def predictions(seed, size=4000, temperature=1.0):
@@ -109,3 +112,58 @@ def test_maps_of_one_split_are_tested_on_another(scene):
         apply_calibrators(fitted, truth, detections)
     with pytest.raises(ValueError, match="no isotonic, temperature; --calibration writes one"):
         apply_calibrators({"fitted_on": {}}, other, found)
+
+
+def with_scales(detections):
+    rng = np.random.default_rng(0)
+    return [entry | {"box_scales": rng.uniform(0.5, 4, 4).tolist()} for entry in detections]
+
+
+def test_the_fields_are_the_fitted_maps(scene):
+    truth, detections = scene(3, num_images=12)
+    fitted = fit_calibrators(truth, with_scales(detections))
+    fields = calibration_fields(truth, with_scales(detections))
+    expected = {
+        "scores": fitted["temperature"],
+        "scale_factor": fitted["scale_factor"],
+        "fitted_on": fitted["fitted_on"],
+    }
+    assert fields == {"calibration": expected, "score_threshold": None}
+    assert same_pictures(fields["calibration"], truth) and not same_pictures(fields["calibration"], scene(4)[0])
+    assert "scale_factor" not in fit_calibrators(truth, detections)
+    fields = calibration_fields(truth, detections, method="isotonic", scales=False)
+    assert fields["calibration"] == {"scores": fitted["isotonic"], "fitted_on": fitted["fitted_on"]}
+    assert calibration_fields(truth, detections, method=None, scales=False)["calibration"] is None
+    with pytest.raises(ValueError, match="no box_scales that a factor could correct"):
+        calibration_fields(truth, detections)
+
+
+@pytest.mark.parametrize("method", [None, "temperature", "isotonic"])
+@pytest.mark.parametrize("threshold", ["all", "class"])
+def test_thresholds_are_best_for_calibrated_scores(scene, method, threshold):
+    truth, detections = scene(3, num_images=12)
+    for entry in detections:
+        entry["score"] = entry["score"] ** 0.3
+    fields = calibration_fields(truth, detections, method=method, scales=False, threshold=threshold)
+    if method:
+        calibrate = Calibrator.from_dict(fields["calibration"]["scores"])
+        detections = [entry | {"score": float(calibrate(np.array([entry["score"]]))[0])} for entry in detections]
+    found = fields["score_threshold"]
+    curves = threshold_curves(truth, detections)
+    for record in truth["categories"]:
+        limit = found if threshold == "all" else found[record["name"]]
+        mine = [entry for entry in detections if entry["category_id"] == record["id"]]
+        assert limit not in {entry["score"] for entry in mine}  # between two scores
+        if threshold == "class":
+            kept = [entry for entry in mine if entry["score"] > limit]
+            again = threshold_curves(truth, kept)["classes"][record["name"]]
+            assert again["f1"][0] == pytest.approx(curves["classes"][record["name"]]["best_f1"])
+    if threshold == "all":
+        kept = [entry for entry in detections if entry["score"] > found]
+        assert threshold_curves(truth, kept)["all"]["f1"][0] == pytest.approx(curves["all"]["best_f1"])
+
+
+def test_no_threshold_without_objects(scene):
+    truth, detections = scene(3, num_images=12)
+    with pytest.raises(ValueError, match="the rule is some, not all"):
+        calibration_fields(truth | {"annotations": []}, detections, scales=False, threshold="all")

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import stats
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 from transformers import DeformableDetrImageProcessor
 
+from drmm_hf.evaluation.recalibration import Calibrator
 from drmm_hf.modeling.image_processing_drmm import DrmmImageProcessor
 
 
@@ -486,6 +488,157 @@ class TestPostProcess:
         np.testing.assert_array_equal(detections.xyxy, result["boxes"].numpy())
         np.testing.assert_array_equal(detections.confidence, result["scores"].numpy())
         assert detections.data["class_name"].tolist() == ["abc"[label] for label in result["labels"]]
+
+
+class TestIntervals:
+    @pytest.mark.parametrize("freedom", [1.0, 3.5, math.inf])
+    @given(level=st.floats(0.01, 0.99))
+    @settings(max_examples=10)
+    def test_quantiles_of_the_density_in_pixels(self, freedom, level):
+        outputs = random_outputs()
+        outputs.scale_freedom = torch.full((2,), freedom)
+        results = DrmmImageProcessor().post_process_object_detection(
+            outputs, 0.1, [(480, 640), (70, 30)], interval=level
+        )
+        for result in results:
+            boxes, scales = (result[name].double().numpy() for name in ("boxes", "box_scales"))
+            expected = [stats.t.ppf((1 + side * level) / 2, freedom, boxes, scales) for side in (-1, 1)]
+            assert result["box_intervals"].shape == (len(boxes), 4, 2)
+            np.testing.assert_allclose(result["box_intervals"], np.stack(expected, -1), rtol=1e-4, atol=1e-2)
+
+    @given(
+        corners=st.lists(st.floats(-0.5, 1.5), min_size=4, max_size=4),
+        scales=st.lists(st.floats(1e-4, 2), min_size=4, max_size=4),
+        level=st.floats(0.01, 0.99),
+        clip=st.booleans(),
+    )
+    def test_the_box_lies_inside_whatever_is_clipped(self, corners, scales, level, clip):
+        left, top, right, bottom = corners
+        outputs = SimpleNamespace(
+            logits=torch.tensor([[[2.0]]]),
+            pred_boxes=torch.tensor([[[(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]]]),
+            box_scales=torch.tensor([[scales]]),
+            scale_freedom=torch.ones(1),
+        )
+        (result,) = DrmmImageProcessor().post_process_object_detection(
+            outputs, 0.5, [(100, 200)], clip=clip, interval=level
+        )
+        boxes, (low, high) = result["boxes"], result["box_intervals"].unbind(-1)
+        assert (low <= boxes + 1e-4).all() and (boxes <= high + 1e-4).all()
+        if clip:
+            frame = torch.tensor([200.0, 100, 200, 100])
+            assert (low >= 0).all() and (high <= frame).all()
+            reach = math.tan(math.pi * level / 2) * result["box_scales"]  # the scales were ordered with the corners
+            inside = (low > 0) & (high < frame)
+            torch.testing.assert_close((high - low)[inside], 2 * reach[inside], rtol=1e-4, atol=1e-3)
+
+    def test_without_a_density_there_is_none(self):
+        outputs = random_outputs()
+        with pytest.raises(ValueError, match=r"interval=0.9: must be None for outputs without box_scales"):
+            DrmmImageProcessor().post_process_object_detection(outputs, interval=0.9)
+        outputs.scale_freedom = torch.ones(2)
+        with pytest.raises(ValueError, match="interval=90: must lie between 0 and 1"):
+            DrmmImageProcessor().post_process_object_detection(outputs, interval=90)
+        assert "box_intervals" not in DrmmImageProcessor().post_process_object_detection(outputs, 0.1)[0]
+
+
+ISOTONIC = {"method": "isotonic", "scores": [0.1, 0.4, 0.5, 0.9], "calibrated": [0.0, 0.2, 0.7, 0.7]}
+
+
+class TestCalibration:
+    """What is saved with the processor and applied by it."""
+
+    @pytest.mark.parametrize("fitted", [{"method": "temperature", "temperature": 0.6}, ISOTONIC], ids=str)
+    def test_scores_are_those_of_the_calibrator_and_nothing_else_moves(self, fitted):
+        outputs = random_outputs()
+        processor = DrmmImageProcessor(calibration={"scores": fitted})
+        for result, raw in zip(
+            processor.post_process_object_detection(outputs, -1.0),
+            DrmmImageProcessor().post_process_object_detection(outputs, -1.0),
+            strict=True,
+        ):
+            expected = Calibrator.from_dict(fitted)(raw["scores"].double().numpy())
+            np.testing.assert_allclose(result["scores"], expected, atol=1e-6)
+            assert result.keys() == raw.keys()
+            assert all(torch.equal(result[name], raw[name]) for name in raw.keys() - {"scores"})
+
+    def test_a_single_knot_is_a_constant(self):
+        fitted = {"method": "isotonic", "scores": [0.3], "calibrated": [0.2]}
+        processor = DrmmImageProcessor(calibration={"scores": fitted})
+        (result, _) = processor.post_process_object_detection(random_outputs(), 0.0)
+        assert result["scores"].tolist() == pytest.approx([0.2] * 21)
+
+    def test_scales_and_intervals_grow_by_the_factor(self):
+        outputs = random_outputs()
+        outputs.scale_freedom = torch.ones(2)
+        processor = DrmmImageProcessor(calibration={"scale_factor": 2.5})
+        (result, _) = processor.post_process_object_detection(outputs, 0.1, interval=0.5)
+        (raw, _) = DrmmImageProcessor().post_process_object_detection(outputs, 0.1, interval=0.5)
+        torch.testing.assert_close(result["box_scales"], 2.5 * raw["box_scales"])
+        low, high = result["box_intervals"].unbind(-1)
+        torch.testing.assert_close(high - low, 5 * raw["box_scales"])  # the quartiles of Cauchy are one scale away
+
+    @pytest.mark.parametrize("threshold", [0.3, [0.2, 0.9, 0.05]])
+    def test_the_saved_threshold_is_the_default(self, threshold):
+        outputs = random_outputs()
+        processor = DrmmImageProcessor(score_threshold=threshold)
+        for result, everything in zip(
+            processor.post_process_object_detection(outputs),
+            processor.post_process_object_detection(outputs, -1.0),
+            strict=True,
+        ):
+            limits = torch.tensor(threshold)[everything["labels"]] if isinstance(threshold, list) else threshold
+            kept = everything["scores"] > limits
+            assert 0 < kept.sum() < len(kept)
+            assert result.keys() == everything.keys()
+            assert all(torch.equal(result[name], everything[name][kept]) for name in result)
+        (given, _) = processor.post_process_object_detection(
+            outputs, 0.5
+        )  # positional, as the stock pipeline calls it
+        assert (given["scores"] > 0.5).all()
+        (default, _) = DrmmImageProcessor().post_process_object_detection(outputs)
+        assert torch.equal(default["scores"], given["scores"])
+
+    def test_the_threshold_is_of_the_calibrated_score(self):
+        processor = DrmmImageProcessor(calibration={"scores": ISOTONIC}, score_threshold=0.1)
+        (result, _) = processor.post_process_object_detection(random_outputs())
+        (raw, _) = DrmmImageProcessor().post_process_object_detection(random_outputs(), 0.25)
+        assert torch.equal(result["boxes"], raw["boxes"]) and len(raw["boxes"]) > 0
+
+    def test_it_is_saved_and_taken_back(self, tmp_path):
+        fields = {"calibration": {"scores": ISOTONIC, "scale_factor": 1.25}, "score_threshold": [0.1, 0.2, 0.3]}
+        DrmmImageProcessor(**fields).save_pretrained(tmp_path)
+        loaded = DrmmImageProcessor.from_pretrained(tmp_path)
+        assert {name: getattr(loaded, name) for name in fields} == fields
+        fresh = DrmmImageProcessor.from_pretrained(tmp_path, calibration=None, score_threshold=None)
+        assert fresh.to_dict() == DrmmImageProcessor().to_dict()
+        assert not fields.keys() & DrmmImageProcessor().to_dict().keys()
+        batch = loaded(images=[picture(20, 30)], return_tensors="pt")  # pictures have nothing to do with it
+        assert torch.equal(batch["pixel_values"], fresh(images=[picture(20, 30)], return_tensors="pt")["pixel_values"])
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"calibration": {"score": {}}}, r"calibration has \['score'\]: must have only scores, scale_factor"),
+            ({"calibration": {"scale_factor": 0}}, "scale_factor=0: must be a number above 0"),
+            ({"calibration": {"scale_factor": math.nan}}, "scale_factor=nan: must be a number above 0"),
+            ({"calibration": {"scores": {"method": "temperature"}}}, "temperature=None: must be a number above 0"),
+            ({"calibration": {"scores": {"method": "beta"}}}, "must have the method 'temperature' or 'isotonic'"),
+            ({"calibration": {"scores": ISOTONIC | {"scores": [0.1]}}}, "equally many rising"),
+            ({"calibration": {"scores": ISOTONIC | {"calibrated": [0.0, 0.7, 0.2, 0.9]}}}, "equally many rising"),
+            ({"calibration": {"scores": ISOTONIC | {"calibrated": [0.0, 0.2, 0.7, 1.5]}}}, "equally many rising"),
+            ({"score_threshold": 50}, r"score_threshold=50: must be a score in \[0, 1\]"),
+            ({"score_threshold": []}, r"score_threshold=\[\]: must be a score"),
+            ({"score_threshold": [0.1, "a"]}, "must be a score"),
+        ],
+    )
+    def test_what_is_none_is_refused(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            DrmmImageProcessor(**fields)
+
+    def test_thresholds_are_one_a_class(self):
+        with pytest.raises(ValueError, match="score_threshold has 2 entries: must be one for 3 classes"):
+            DrmmImageProcessor(score_threshold=[0.1, 0.2]).post_process_object_detection(random_outputs())
 
 
 def test_save_and_load(tmp_path):

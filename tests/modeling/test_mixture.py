@@ -5,18 +5,23 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 from torch.autograd import gradcheck
 from torch.distributions import Categorical, Cauchy, Normal, StudentT
 
 from drmm_hf.modeling.mixture import (
     SMALLEST_SCALE,
     MixtureParameters,
+    central_quantile,
     floor_scales,
     log_class_probability,
     log_confidence,
     log_coordinate_density,
     log_mixing_coefficients,
     log_odds,
+    tail_freedom,
     take_components,
 )
 
@@ -144,3 +149,38 @@ def test_selection_takes_every_parameter_of_the_same_components():
         for image, components in enumerate(index.tolist()):
             assert torch.equal(value[image], getattr(mixture, name)[image, components])
     assert torch.equal(take_components(mixture.boxes, index), mixture.select(index).boxes)
+
+
+@given(
+    level=st.floats(1e-6, 1 - 1e-6), freedom=st.one_of(st.floats(0.25, 60), st.sampled_from([1e3, 1e5, 1e9, math.inf]))
+)
+def test_quantiles_equal_scipy(level, freedom):
+    # isf of the tail keeps the digits that 1 - tail loses; lgamma of large numbers costs some of ours.
+    exact = stats.t.isf((1 - level) / 2, freedom)
+    assert central_quantile(level, freedom) == pytest.approx(exact, rel=1e-9 if freedom < 1e3 else 1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize(("level", "cauchy", "gaussian"), [(0.5, 1.0, 0.674490), (0.9, 6.313752, 1.644854)])
+def test_quantiles_of_the_tables(level, cauchy, gaussian):
+    assert central_quantile(level, tail_freedom("cauchy", 7.0)) == pytest.approx(cauchy, abs=1e-6)
+    assert central_quantile(level, tail_freedom("gaussian", 7.0)) == pytest.approx(gaussian, abs=1e-6)
+    assert central_quantile(level, tail_freedom("student_t", 1.0 + 1e-12)) == pytest.approx(cauchy, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_the_quantile_is_that_of_the_density(name):
+    """An integral over the density itself, so that no two tables of names can drift apart."""
+    reach = central_quantile(0.8, tail_freedom(name, 3.5))
+    grid = torch.linspace(-reach, reach, 20_001, dtype=torch.float64)
+    sides = torch.stack([grid, *[torch.zeros_like(grid)] * 3], dim=-1)
+    unit = torch.tensor([[0.0, 0, 0, 0]], dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+    log_density = log_coordinate_density(sides, *unit, name, 3.5)[:, 0]
+    centre = log_coordinate_density(torch.zeros(1, 4, dtype=torch.float64), *unit, name, 3.5)[0, 0]
+    share = torch.trapezoid((log_density - 0.75 * centre).exp(), grid)  # three sides stay at their locations
+    assert share.item() == pytest.approx(0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -0.5, 90, math.nan])
+def test_an_interval_holds_a_share(level):
+    with pytest.raises(ValueError, match=r"interval=.*must lie between 0 and 1"):
+        central_quantile(level)

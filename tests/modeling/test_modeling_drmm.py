@@ -3,9 +3,11 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SwinConfig, TimmBackboneConfig
@@ -438,6 +440,75 @@ class TestGradients:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.7 * losses[0]
+
+
+class TestLikelihood:
+    @pytest.mark.parametrize(
+        ("overrides", "family"),
+        [
+            ({"class_exponent": 0.5, "likelihood_epsilon": 1e-3, "mcm_weight": 0}, stats.cauchy()),
+            ({"coordinate_distribution": "gaussian", "min_scale_ratio": 0.3}, stats.norm()),
+            (
+                {"coordinate_distribution": "student_t", "student_t_freedom": 3.5, "box_delta_unit": "box"},
+                stats.t(3.5),
+            ),
+            ({"decoder_type": "adamixer", "neck_type": "fpn"}, stats.cauchy()),
+        ],
+    )
+    def test_it_is_the_density_that_the_outputs_describe(self, overrides, family):
+        """By scipy from the outside frame, one ground truth after another; a padded picture, and one without any."""
+        model = disturbed(**overrides).double()
+        pictures, labels = random_pictures(3).double(), random_labels(3, 0, 1, dtype=torch.float64)
+        labels[0]["boxes"][0, 0] = 0.02  # over the border
+        mask = torch.ones(3, 64, 96, dtype=torch.int64)
+        mask[2, :, 70:] = mask[2, 50:] = 0
+        found = model.log_likelihood(pictures, labels, mask)
+        assert [tuple(one.shape) for one in found] == [(3,), (0,), (1,)]
+        assert not any(one.requires_grad for one in found)
+        with torch.no_grad():
+            outputs = model(pictures, mask)
+        for index, frame in ((0, (96, 64)), (2, (70, 50))):
+            frame = np.array(frame * 2, dtype=float)
+            objectness = outputs.objectness_logits[index].sigmoid().numpy()
+            scales = outputs.box_scales[index].numpy() * frame
+            location = cxcywh_to_xyxy(outputs.pred_boxes[index]).numpy() * frame
+            boxes = cxcywh_to_xyxy(labels[index]["boxes"]).numpy() * frame
+            for box, label, value in zip(boxes, labels[index]["class_labels"], found[index], strict=True):
+                sides = family.pdf((box - location) / scales) / scales
+                probability = outputs.class_logits[index].softmax(-1)[:, label].numpy()
+                density = (objectness / objectness.sum() * sides.prod(axis=1) * probability).sum()
+                assert value.item() == pytest.approx(math.log(density), rel=1e-10)
+
+    def test_it_is_the_loss_without_what_training_adds(self):
+        model, labels = disturbed(likelihood_epsilon=0, scale_mixing_by_num_objects=False), random_labels(4, 2)
+        pictures = random_pictures()
+        found = model.log_likelihood(pictures, labels)
+        loss = model(pictures, labels=labels).loss_dict["nll.stage1"]
+        assert -torch.cat(found).sum() / 2 == pytest.approx(loss.item(), rel=1e-5)
+
+    def test_box_heads_have_none(self):
+        model = disturbed(head_type="box", criterion="focal_l1_giou")
+        assert model(random_pictures()).scale_freedom is None
+        with pytest.raises(ValueError, match="head_type is 'box', which has no density; it must be 'mixture'"):
+            model.log_likelihood(random_pictures(), random_labels(1, 1))
+
+    def test_bad_labels_are_refused(self):
+        with pytest.raises(ValueError, match="labels holds 1 entries for 2 images"):
+            disturbed().log_likelihood(random_pictures(), random_labels(1))
+        with pytest.raises(ValueError, match=r"class_labels from 3 to 3; they must lie in \[0, num_labels=3\)"):
+            labels = [{"class_labels": torch.tensor([3]), "boxes": torch.full((1, 4), 0.5)}]
+            disturbed().log_likelihood(random_pictures(1), labels)
+
+    @pytest.mark.parametrize(
+        ("overrides", "freedom"),
+        [
+            ({}, 1.0),
+            ({"coordinate_distribution": "gaussian"}, math.inf),
+            ({"coordinate_distribution": "student_t", "student_t_freedom": 4}, 4.0),
+        ],
+    )
+    def test_the_output_names_the_family_of_its_scales(self, overrides, freedom):
+        assert build(**overrides)(random_pictures()).scale_freedom.tolist() == [freedom] * 2
 
 
 class CountOperations(TorchDispatchMode):

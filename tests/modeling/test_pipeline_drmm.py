@@ -1,6 +1,7 @@
 """The stock object-detection pipeline and our own, on a tiny random model saved to a folder."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -173,6 +174,30 @@ class TestOwnPipeline:
         for row in clipped:
             assert 0 <= row["box"]["xmin"] <= row["box"]["xmax"] <= 60
             assert 0 <= row["box"]["ymin"] <= row["box"]["ymax"] <= 45
+
+    def test_intervals(self, folder):
+        rows = ours(folder)(picture(60, 45), threshold=0.0, interval=0.5)
+        for row in rows:
+            for name, scale in row["box_scales"].items():
+                low, high = row["box_interval"][name]  # the quartiles of Cauchy are one scale away
+                assert [low, high] == pytest.approx([row["box"][name] - scale, row["box"][name] + scale], abs=1e-3)
+
+    def test_the_calibration_of_the_folder(self, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "model")
+        calibration = {"scores": {"method": "temperature", "temperature": 0.5}, "scale_factor": 2.0}
+        DrmmImageProcessor.from_pretrained(folder, calibration=calibration, score_threshold=0.05).save_pretrained(
+            tmp_path / "model"
+        )
+        image = picture(60, 45)
+        detections, raw = ours(tmp_path / "model")(image), ours(folder)(image, threshold=0.0)
+        assert 0 < len(detections) < len(raw)
+        for row, before in zip(detections, raw, strict=False):
+            odds = (before["score"] / (1 - before["score"])) ** 2
+            assert row["score"] == pytest.approx(odds / (1 + odds), abs=1e-5) and row["score"] > 0.05
+            assert row["box"] == pytest.approx(before["box"], abs=1e-4)
+            assert row["box_scales"] == pytest.approx({name: 2 * s for name, s in before["box_scales"].items()})
+        stock = pipeline("object-detection", model=str(tmp_path / "model"))(image, threshold=0.05)
+        assert [row["score"] for row in stock] == pytest.approx([row["score"] for row in detections], abs=1e-6)
 
     def test_paths_and_generators(self, folder, tmp_path):
         picture(60, 45).save(tmp_path / "picture.png")

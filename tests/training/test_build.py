@@ -29,12 +29,14 @@ def test_a_checkpoint_of_other_classes_lends_everything_but_the_classifier(tiny_
     cells = LabelMap((5, 6), ("red", "white"))
     model, processor = build_model(tiny_recipe(), shapes)
     processor.image_mean = [0.1, 0.2, 0.3]
+    processor.calibration, processor.score_threshold = {"scale_factor": 2.0}, 0.3  # hold for those weights only
     model.save_pretrained(tmp_path / "shapes")
     processor.save_pretrained(tmp_path / "shapes")
     swapped, processor = build_model(tiny_recipe(init_from=str(tmp_path / "shapes"), shortest_edge=48), cells)
     assert swapped.config.id2label == {0: "red", 1: "white"}
     assert swapped.config.category_ids == [5, 6]
     assert (list(processor.image_mean), dict(processor.size)["shortest_edge"]) == ([0.1, 0.2, 0.3], 48)
+    assert processor.calibration is None and processor.score_threshold is None
     before, after = model.state_dict(), swapped.state_dict()
     replaced = {name for name in after if after[name].shape != before[name].shape}
     assert {name.split(".")[-2] for name in replaced} == {"classifier"}

@@ -30,6 +30,20 @@ def test_a_box_is_drawn_at_its_place_in_the_colour_of_its_class():
     assert image.getpixel((100, 350)) == (90, 90, 90)  # the argument is left as it is
 
 
+def test_sides_fade_out_to_the_ends_of_their_intervals():
+    image = Image.new("RGB", (1280, 960), (90, 90, 90))
+    result = {"boxes": [[300.0, 200, 800, 700]], "labels": [1], "scores": [0.9]}
+    result["box_intervals"] = [[[200, 400], [190, 210], [780, 820], [700, 700]]]
+    drawn = np.asarray(draw_boxes(image, result, NAMES), dtype=int)
+    change = np.abs(drawn - 90).max(axis=-1)
+    along = change[450]  # left of the box to its right
+    assert (along[304:380] > 0).all() and (np.diff(along[304:400]) <= 0).all() and (along[401:770] == 0).all()
+    assert (along[230:297] > 0).all() and (along[:199] == 0).all() and (along[821:] == 0).all()
+    assert along[310] < np.abs(np.array(colour(1)) - 90).max() and along[320] < along[310]
+    assert (change[211:690, 405:775] == 0).all() and (change[705:, 300:800] == 0).all()
+    assert (change[100:180, 600:] == 0).all() and (change[192:197, 600] > 0).any()
+
+
 def test_small_pictures_are_enlarged_and_boxes_with_them():
     drawn = draw_boxes(Image.new("L", (320, 160), 90), {"boxes": [[40, 80, 80, 120]], "labels": [0]}, NAMES)
     assert drawn.size == (1280, 640) and drawn.mode == "RGB"

@@ -70,6 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrators", metavar="FILE", help="test calibrators.json, which --calibration wrote for another split"
     )
     parser.add_argument(
+        "--coverage", action="store_true", help="measure how often intervals from box scales hold the annotated sides"
+    )
+    parser.add_argument(
+        "--freedom",
+        type=float,
+        metavar="V",
+        help="degrees of freedom of the density whose scales FILE has (default: 1, Cauchy; inf: Gaussian)",
+    )
+    parser.add_argument(
         "--losses", action="store_true", help="measure the likelihood of the annotations too (D-RMM's mixtures only)"
     )
     parser.add_argument(
@@ -108,9 +117,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--losses needs a model: boxes and scores alone have no density.")
         if args.assignments or args.top_k_ratio:
             raise ValueError("--assignments and --top-k-ratio need a model.")
+        if args.freedom is not None and not args.freedom > 0:
+            raise ValueError(f"freedom is {args.freedom}; the rule is above 0.")
         args.model, args.data = None, args.model
     elif args.data is None:
         raise ValueError("DATA is missing: drmm evaluate MODEL DATA, or drmm evaluate DATA --detections FILE.")
+    elif args.freedom is not None:
+        raise ValueError("--freedom is for --detections; a model knows its own density.")
 
     if args.submission is not None and (args.model is None or args.images is None):
         raise ValueError("--submission needs a model, and --images for the json file of the pictures.")
@@ -125,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.predict import load_detector
     from ..evaluation.report import analyse, examples, load_results, load_split, measure_likelihood, read_picture
     from ..evaluation.submission import write_submission
-    from ..evaluation.tables import TABLES, comparison_table
+    from ..evaluation.tables import TABLES, calibration_note, comparison_table
+    from ..modeling.mixture import tail_freedom
     from ..visualization.evaluation_pictures import draw_detections, draw_report
 
     model_source = None if args.model is None else find_source(args.model)
@@ -149,13 +163,19 @@ def run(args: argparse.Namespace) -> int:
     other = None if args.against is None else json.loads(Path(args.against).read_text())
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
 
+    calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:
         detections, mapping = load_results(args.detections, annotations)
         metrics = measure(detections, annotations, mapping, output, **options)
     else:
         model, processor = load_detector(model_source, device)
-        if args.losses or other:
+        if args.losses or other or args.coverage:
             check_density(model.config)
+        calibration = getattr(processor, "calibration", None)
+        if args.calibrators and calibration:
+            raise ValueError("the processor calibrates already; --calibrators are for predictions as they are.")
+        if hasattr(model.config, "coordinate_distribution"):
+            freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
         if args.assignments:
             check_matching(model.config)
         if args.top_k_ratio is not None:
@@ -180,7 +200,8 @@ def run(args: argparse.Namespace) -> int:
     if dataset is not None:
         written.append(draw_detections(entries, annotations, examples(dataset), output / "detections.jpg").name)
     asked = {"thresholds": args.thresholds, "calibration": args.calibration, "duplicates": args.sweep}
-    asked |= {"calibrators": args.calibrators, "breakdown": args.breakdown}
+    asked |= {"calibrators": args.calibrators, "breakdown": args.breakdown, "coverage": args.coverage}
+    asked |= {"freedom": freedom, "calibrated": bool(calibration)}
     reports = chain([("metrics", metrics)], analyse(entries, annotations, output, args.top_k, **asked))
     if args.losses or other:
         losses = measure_likelihood(model, processor, dataset, annotations, output, args.batch_size)
@@ -188,6 +209,8 @@ def run(args: argparse.Namespace) -> int:
     picture = None if dataset is None else partial(read_picture, dataset)
     for name, report in reports:
         print(f"\n{TABLES[name](report)}", flush=True)
+        if name == "metrics" and calibration:
+            print(f"\n{calibration_note(calibration, annotations)}")
         written += [f"{name}.json", *draw_report(name, report, output, picture)]
     if other:
         print(f"\n{comparison_table(losses, other)}")

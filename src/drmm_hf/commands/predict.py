@@ -20,7 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="runs/predict", metavar="DIR", help="where to write (default: runs/predict)"
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score (default: 0.5)")
+    parser.add_argument(
+        "--threshold", type=float, help="smallest score (default: what the model folder has, else 0.5)"
+    )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        metavar="SHARE",
+        help="give an interval about each side that holds it with this probability, such as 0.9 (D-RMM's mixtures)",
+    )
+    parser.add_argument(
+        "--density", action="store_true", help="also draw the density over box centres and sides (D-RMM's mixtures)"
+    )
     parser.add_argument("--json", action="store_true", help="print the boxes as json, and nothing else")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
@@ -36,15 +47,21 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..conversion.model_source import find_source
 
-    if not 0 <= args.threshold <= 1:
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"threshold is {args.threshold}; scores lie in [0, 1].")
+    if args.interval is not None and not 0 < args.interval < 1:
+        raise ValueError(f"interval is {args.interval}; the rule is between 0 and 1.")
     name = find_source(args.model)
     paths = find_pictures(args.images)
 
     import datasets
+    import numpy as np
     from transformers.utils import logging
 
+    from ..evaluation.likelihood import check_density
     from ..evaluation.predict import load_detector, predict
+    from ..modeling.mixture import central_quantile, tail_freedom
+    from ..visualization.density_picture import density_picture, mixture_of_result
     from ..visualization.draw_boxes import draw_boxes
 
     logging.disable_progress_bar()  # of each weight that is loaded
@@ -54,17 +71,32 @@ def run(args: argparse.Namespace) -> int:
     dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": files, "image": files})
     dataset = dataset.cast_column("image", datasets.Image())
     model, processor = load_detector(name, args.device)
-    detections = predict(model, processor, dataset)
+    config, top_k, freedom = model.config, 100, 1.0
+    if args.interval is not None or args.density:
+        check_density(config)
+        freedom = tail_freedom(config.coordinate_distribution, config.student_t_freedom)
+    if args.density:
+        top_k = config.num_queries * config.num_labels  # all pairs: they are the whole mixture
+    everything = predict(model, processor, dataset, top_k=top_k)
+    detections = everything.top_k(100)
 
-    names = model.config.id2label
-    records = []
-    for path, row, drawn_path in zip(paths, dataset, _drawn_paths(paths, output), strict=True):
-        result = {name: array.tolist() for name, array in detections[row["image_id"]].items()}
-        count = sum(score >= args.threshold for score in result["scores"])
-        boxes = [_box({name: values[index] for name, values in result.items()}, names) for index in range(count)]
+    names, records = config.id2label, []
+    places = (_drawn_paths(paths, output), _drawn_paths(paths, output, "_density.png"))
+    for path, row, drawn_path, density_path in zip(paths, dataset, *places, strict=True):
+        result = detections[row["image_id"]]
+        result = {name: values[_kept(result, args.threshold, processor)] for name, values in result.items()}
+        if args.interval is not None:
+            reach = central_quantile(args.interval, freedom) * result["box_scales"]
+            result["box_intervals"] = np.stack([result["boxes"] - reach, result["boxes"] + reach], axis=-1)
+        columns = {name: values.tolist() for name, values in result.items()}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         size = {"width": row["image"].width, "height": row["image"].height}
-        records.append({"file": str(path), "drawn": str(drawn_path), **size, "boxes": boxes})
-        draw_boxes(row["image"], result, names, args.threshold).save(drawn_path, quality=92)
+        record = {"file": str(path), "drawn": str(drawn_path), **size, "boxes": [_box(one, names) for one in rows]}
+        draw_boxes(row["image"], result, names, threshold=0).save(drawn_path, quality=92)
+        if args.density:
+            density_picture(row["image"], mixture_of_result(everything[row["image_id"]]), density_path, freedom)
+            record["density"] = str(density_path)
+        records.append(record)
     text = json.dumps(records, indent=1)
     (output / "predictions.json").write_text(text + "\n")
     print(text if args.json else _lines(records))
@@ -105,6 +137,15 @@ def find_pictures(places: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def _kept(result: Mapping[str, Any], threshold: float | None, processor: Any) -> Any:
+    """Tell which detections of a picture score enough; without a threshold by that of the processor, if it has one."""
+    if threshold is None:
+        saved = getattr(processor, "score_threshold", None)
+        threshold = 0.5 if saved is None else saved
+    limits = [threshold[label] for label in result["labels"]] if isinstance(threshold, list) else threshold
+    return result["scores"] >= limits
+
+
 def _box(values: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     """Return one detection with the name of its class."""
     entry = {
@@ -119,18 +160,20 @@ def _box(values: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
             entry[key] = round(values[name], 6)
     if "box_scales" in values:
         entry["box_scales"] = [round(value, 3) for value in values["box_scales"]]
+    if "box_intervals" in values:
+        entry["box_intervals"] = [[round(end, 3) for end in side] for side in values["box_intervals"]]
     return entry
 
 
-def _drawn_paths(paths: Collection[Path], output: Path) -> list[Path]:
+def _drawn_paths(paths: Collection[Path], output: Path, ending: str = ".jpg") -> list[Path]:
     """Return where each drawn picture goes: its own name, numbered where that is taken, by a picture itself too."""
     drawn: list[Path] = []
     originals = {path.resolve() for path in paths}
     for path in paths:
-        target, number = output / f"{path.stem}.jpg", 1
+        target, number = output / f"{path.stem}{ending}", 1
         while target in drawn or target.resolve() in originals:
             number += 1
-            target = output / f"{path.stem}_{number}.jpg"
+            target = output / f"{path.stem}_{number}{ending}"
         drawn.append(target)
     return drawn
 
@@ -143,5 +186,5 @@ def _lines(records: Iterable[Mapping[str, Any]]) -> str:
         for entry in record["boxes"]:
             box = ", ".join(f"{value:.1f}" for value in entry["box"])
             lines.append(f"  {entry['score']:.3f}  {entry['label']}  ({box})")
-        lines.append(f"  drawn in {record['drawn']}")
+        lines.append(f"  drawn in {record['drawn']}{' and ' + record['density'] if 'density' in record else ''}")
     return "\n".join(lines)

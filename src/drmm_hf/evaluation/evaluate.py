@@ -89,7 +89,8 @@ def evaluate(
     )
     if detections is None:
         return None
-    metrics = measure(detections, annotations, mapping, output_dir, top_k=top_k, nms=nms, wta=wta)
+    options = {"top_k": top_k, "nms": nms, "wta": wta, "calibration": getattr(processor, "calibration", None)}
+    metrics = measure(detections, annotations, mapping, output_dir, **options)
     if folder is not None:
         shutil.rmtree(folder)
     return metrics
@@ -104,6 +105,7 @@ def measure(
     top_k: int = 100,
     nms: float | None = None,
     wta: float | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compute the figures of detections that are already there, such as those merged from several processes.
 
@@ -117,14 +119,15 @@ def measure(
         nms (`float`, *optional*): IoU of a non-maximum suppression among these predictions, see
             `drmm_hf.evaluation.deduplication.nms`. None, as D-RMM is meant to be used, applies none.
         wta (`float`, *optional*): Likewise of `drmm_hf.evaluation.deduplication.winner_take_all`, instead of `nms`.
+        calibration (`Mapping`, *optional*): What the processor has corrected scores and scales with, to be written.
 
     Returns:
         `dict`: COCO's twelve figures and `AP_per_class` (fractions), `ECE` and `ECE_0.1`, `reliability` (edges,
         confidence, accuracy and count of the bins), and the counts `num_images`, `num_ground_truths`, `num_crowds`,
         `num_detections`, `num_boxes_without_size` and `num_other_labels` (both left out). `deduplication` is None or
         says what was applied: `method` ("nms" or "wta"), `iou_threshold`, `num_removed` and `num_capped` (sums of
-        confidences stopped at 1). What is not defined, such
-        as `APs` without small objects, is None.
+        confidences stopped at 1); `calibration` is the argument. What is not defined, such as `APs` without small
+        objects, is None.
 
     Raises:
         ValueError: If detections and annotations do not hold the same pictures, if both `nms` and `wta` are given, or
@@ -164,6 +167,7 @@ def measure(
         "num_boxes_without_size": known.num_boxes_without_size,
         "num_other_labels": num_other_labels,
         "deduplication": deduplication,
+        "calibration": calibration,
     }
     if output_dir is not None:
         output_dir = Path(output_dir)

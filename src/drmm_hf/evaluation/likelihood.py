@@ -25,6 +25,7 @@ from drmm_hf.modeling.mixture import (
     effective_number_of_positives,
     floor_scales,
     log_class_probability,
+    log_component_density,
     log_coordinate_density,
     responsibilities,
 )
@@ -352,14 +353,12 @@ def _terms(mixture: MixtureParameters, boxes: Tensor, class_labels: Tensor, conf
 
     A class exponent other than 1 leaves no density, so only the public form has it.
     """
-    scales = floor_scales(mixture.scales, mixture.boxes, config.min_scale_ratio)
-    log_density = log_coordinate_density(
-        boxes, mixture.boxes, scales, config.coordinate_distribution, config.student_t_freedom
+    log_p = log_component_density(
+        mixture, boxes, class_labels, config.coordinate_distribution, config.student_t_freedom, config.min_scale_ratio
     )
-    log_class = log_class_probability(mixture.class_logits, class_labels)
-    log_p = mixture.log_mixing + log_density + log_class
     total, largest = log_p.logsumexp(dim=-1), log_p.max(dim=-1).values
 
+    log_class = log_class_probability(mixture.class_logits, class_labels)
     public_log_p = log_p + (config.class_exponent - 1) * log_class + math.log(len(boxes))
     epsilon = public_log_p.new_full((), math.log(PUBLIC_EPSILON))
     public_total = torch.logaddexp(public_log_p.logsumexp(dim=-1), epsilon)

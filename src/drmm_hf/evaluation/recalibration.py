@@ -1,4 +1,7 @@
-"""Correct confidences afterwards: temperature and isotonic regression, fitted on one split, tested on another."""
+"""Correct confidences and scales afterwards: a temperature, isotonic regression and a factor.
+
+They are fitted on one split and tested on another.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import numpy as np
 
 from .calibration import expected_calibration_error, match_predictions
 from .coco_metrics import load_annotations
+from .coverage import fit_scale_factor, matched_boxes
+from .thresholds import best_thresholds
 
 
 # Scores nearer to 0 or 1 than float32 can tell from them have no finite log-odds.
@@ -142,17 +147,22 @@ CALIBRATORS = {"temperature": fit_temperature, "isotonic": fit_isotonic}
 
 
 def fit_calibrators(
-    annotations: str | Path | Mapping[str, Any], detections_coco: Sequence[Mapping[str, Any]], top_k: int = 100
+    annotations: str | Path | Mapping[str, Any],
+    detections_coco: Sequence[Mapping[str, Any]],
+    top_k: int = 100,
+    freedom: float = 1.0,
 ) -> dict[str, Any]:
-    """Fit both maps to the predictions on one split.
+    """Fit both maps to the predictions on one split, and the factor on their scales where they have any.
 
     Args:
         annotations (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds.
         detections_coco (`Sequence[Mapping]`): COCO results without a score threshold.
         top_k (`int`): Number of predictions a picture.
+        freedom (`float`): Degrees of freedom of the density of `box_scales`, see `drmm_hf.evaluation.coverage`.
 
     Returns:
-        `dict`: Json of each map under its method, and `fitted_on`: `num_images` and a fingerprint of the `pictures`.
+        `dict`: Json of each map under its method, `scale_factor` where all results have `box_scales`, and `fitted_on`:
+        `num_images` and a fingerprint of the `pictures`.
 
     Raises:
         ValueError: If there is no right or no wrong prediction.
@@ -160,6 +170,9 @@ def fit_calibrators(
     annotations = load_annotations(annotations)
     scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
     fitted = {method: fit(scores, correct).to_dict() for method, fit in CALIBRATORS.items()}
+    if all("box_scales" in entry for entry in detections_coco):
+        factor = fit_scale_factor(matched_boxes(annotations, detections_coco, top_k), freedom)
+        fitted |= {} if factor is None else {"scale_factor": factor}
     return fitted | {"fitted_on": {"num_images": len(annotations["images"]), "pictures": _fingerprint(annotations)}}
 
 
@@ -188,7 +201,7 @@ def apply_calibrators(
     missing = {*CALIBRATORS, "fitted_on"} - set(fitted)
     if missing:
         raise ValueError(f"the file of calibrators has no {', '.join(sorted(missing))}; --calibration writes one.")
-    if fitted["fitted_on"]["pictures"] == _fingerprint(annotations):
+    if same_pictures(fitted, annotations):
         raise ValueError("the calibrators were fitted on these very pictures; the rule is to test on another split.")
     scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
     maps = {"none": np.asarray} | {method: Calibrator.from_dict(fitted[method]) for method in CALIBRATORS}
@@ -198,6 +211,64 @@ def apply_calibrators(
         above = expected_calibration_error(calibrate(scores), correct, min_score=0.1).to_dict()
         tested[method] = {"ECE": reliability["ece"], "ECE_0.1": above["ece"], "reliability": reliability}
     return tested
+
+
+def calibration_fields(
+    annotations: str | Path | Mapping[str, Any],
+    detections_coco: Sequence[Mapping[str, Any]],
+    top_k: int = 100,
+    *,
+    method: Literal["temperature", "isotonic"] | None = "temperature",
+    scales: bool = True,
+    threshold: Literal["all", "class"] | None = None,
+    freedom: float = 1.0,
+) -> dict[str, Any]:
+    """Fit what `DrmmImageProcessor` saves and applies.
+
+    Args:
+        annotations (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds.
+        detections_coco (`Sequence[Mapping]`): COCO results of the model as it predicts them, neither calibrated nor
+            cut by a threshold.
+        top_k (`int`): Number of predictions a picture.
+        method (`str`, *optional*): Map of the confidences; None leaves them alone.
+        scales (`bool`): Whether to correct box scales by a factor.
+        threshold (`str`, *optional*): Whether to look for the score threshold of the largest F1, one for all classes
+            or one for each; of calibrated scores.
+        freedom (`float`): As in `fit_calibrators`.
+
+    Returns:
+        `dict`: `calibration` (None if nothing is corrected) and `score_threshold`: None, a number, or with "class"
+        a number by name of the class.
+
+    Raises:
+        ValueError: If there is no right or no wrong prediction, or scales are asked for and results have none.
+    """
+    annotations = load_annotations(annotations)
+    fitted = fit_calibrators(annotations, detections_coco, top_k, freedom)
+    if scales and "scale_factor" not in fitted:
+        raise ValueError("the detections have no box_scales that a factor could correct; D-RMM's mixtures have.")
+    calibration = {"scores": fitted[method]} if method else {}
+    calibration |= {"scale_factor": fitted["scale_factor"]} if scales else {}
+    fields = {"calibration": calibration | {"fitted_on": fitted["fitted_on"]} if calibration else None}
+    if method:
+        calibrated = Calibrator.from_dict(fitted[method])(np.array([entry["score"] for entry in detections_coco]))
+        pairs = zip(detections_coco, calibrated.tolist(), strict=True)
+        detections_coco = [{**entry, "score": score} for entry, score in pairs]
+    overall, each = best_thresholds(annotations, detections_coco, top_k) if threshold else (None, None)
+    return fields | {"score_threshold": each if threshold == "class" else overall}
+
+
+def same_pictures(fitted: Mapping[str, Any], annotations: Mapping[str, Any]) -> bool:
+    """Tell whether calibrators were fitted on these very pictures.
+
+    Args:
+        fitted (`Mapping`): From `fit_calibrators`, or the `calibration` of a processor.
+        annotations (`Mapping`): The content of a COCO file.
+
+    Returns:
+        `bool`: True if so.
+    """
+    return fitted.get("fitted_on", {}).get("pictures") == _fingerprint(annotations)
 
 
 def _fingerprint(annotations: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from drmm_hf.data.loading import load_image
 from .breakdown import breakdown as measure_breakdown
 from .calibration import calibration_report
 from .coco_metrics import ground_truth, load_annotations
+from .coverage import coverage_report
 from .deduplication import sweep
 from .detections import Detections
 from .likelihood import likelihoods, summarize
@@ -101,6 +102,9 @@ def analyse(
     calibrators: str | Path | None = None,
     duplicates: bool = False,
     breakdown: bool = False,
+    coverage: bool = False,
+    freedom: float = 1.0,
+    calibrated: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Do what was asked with detections, one analysis after the other, and write the json of each.
 
@@ -114,14 +118,19 @@ def analyse(
         calibrators (`str` or `Path`, *optional*): File of calibrators to test instead, in `calibrated` of that report.
         duplicates (`bool`): Whether to `sweep` over NMS and winner-take-all.
         breakdown (`bool`): Whether to measure by size, aspect ratio and crowding, and count the kinds of errors.
+        coverage (`bool`): Whether to measure how often intervals from box scales hold the annotated sides; with the
+            factor of `calibrators`, too, where they are given.
+        freedom (`float`): Degrees of freedom of the density of the box scales: 1 is Cauchy, infinity Gaussian.
+        calibrated (`bool`): Whether the processor calibrates already, so that nothing is fitted on top.
 
     Yields:
-        `tuple[str, dict]`: Name and content: `thresholds`, `calibration`, `duplicates`, `breakdown`.
+        `tuple[str, dict]`: Name and content: `thresholds`, `calibration`, `coverage`, `duplicates`, `breakdown`.
 
     Raises:
         ValueError: If the calibrators cannot be fitted, or were fitted on these pictures.
     """
     output_dir = Path(output_dir)
+    fitted = None if calibrators is None else json.loads(Path(calibrators).read_text())
     if thresholds:
         report = threshold_curves(annotations, entries, top_k)
         best = None if report["all"] is None else report["all"]["best_threshold"]
@@ -129,12 +138,15 @@ def analyse(
         yield "thresholds", write_json(report, output_dir / "thresholds.json")
     if calibration or calibrators:
         report = calibration_report(annotations, entries, top_k)
-        if calibrators is None:
-            write_json(fit_calibrators(annotations, entries, top_k), output_dir / "calibrators.json")
-        else:
-            fitted = json.loads(Path(calibrators).read_text())
+        if fitted is not None:
             report["calibrated"] = apply_calibrators(fitted, annotations, entries, top_k)
+        elif not calibrated:
+            write_json(fit_calibrators(annotations, entries, top_k, freedom), output_dir / "calibrators.json")
         yield "calibration", write_json(report, output_dir / "calibration.json")
+    if coverage:
+        factor = None if fitted is None else fitted.get("scale_factor")
+        report = coverage_report(annotations, entries, freedom, top_k, factor)
+        yield "coverage", write_json(report, output_dir / "coverage.json")
     if duplicates:
         label_map = LabelMap.from_categories(annotations["categories"])
         detections = Detections.from_coco(entries, label_map, [record["id"] for record in annotations["images"]])

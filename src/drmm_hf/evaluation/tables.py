@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .breakdown import ERRORS
+from .coverage import coverage_table
+from .recalibration import same_pictures
 
 
 BREAKDOWNS = {
@@ -108,6 +110,29 @@ def calibration_table(report: Mapping[str, Any]) -> str:
         for name, entry in report["calibrated"].items():
             lines.append(f"{name:<18}{_per_cent(entry['ECE']):>12}{_per_cent(entry['ECE_0.1']):>12}")
     return "\n".join(lines)
+
+
+def calibration_note(calibration: Mapping[str, Any], annotations: Mapping[str, Any]) -> str:
+    """Say that a processor's calibration is in the figures.
+
+    Args:
+        calibration (`Mapping`): Of the processor.
+        annotations (`Mapping`): The COCO annotations.
+
+    Returns:
+        `str`: One line, or two if it was fitted on the same pictures.
+    """
+    parts = []
+    scores = calibration.get("scores")
+    if scores:
+        number = f" {scores['temperature']:.3f}" if scores["method"] == "temperature" else ""
+        parts.append(f"scores are calibrated ({scores['method']}{number})")
+    if "scale_factor" in calibration:
+        parts.append(f"box scales are multiplied by {calibration['scale_factor']:.3f}")
+    note = f"measured as the processor gives them: {' and '.join(parts)}"
+    if same_pictures(calibration, annotations):
+        note += "\nthis was fitted on these very pictures; measure on others"
+    return note
 
 
 def sweep_table(swept: Mapping[str, Any]) -> str:
@@ -257,6 +282,7 @@ TABLES = {
     "metrics": metrics_table,
     "thresholds": threshold_table,
     "calibration": calibration_table,
+    "coverage": coverage_table,
     "duplicates": sweep_table,
     "breakdown": breakdown_table,
     "likelihood": likelihood_table,

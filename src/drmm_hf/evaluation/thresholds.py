@@ -50,6 +50,44 @@ def threshold_curves(
     return curves
 
 
+def best_thresholds(
+    annotations: str | Path | Mapping[str, Any], detections_coco: Sequence[Mapping[str, Any]], top_k: int = 100
+) -> tuple[float, dict[str, float]]:
+    """Find the score thresholds with the largest F1 at IoU 0.5.
+
+    A threshold lies half-way between the lowest score that it keeps and the next one, so that neither rounding nor
+    the choice between "above" and "at least" matters.
+
+    Args:
+        annotations (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds.
+        detections_coco (`Sequence[Mapping]`): COCO results without a score threshold.
+        top_k (`int`): Number of predictions a picture.
+
+    Returns:
+        `tuple[float, dict[str, float]]`: The threshold of all classes together, and that of each class by name.
+        Classes without objects or predictions have that of all.
+
+    Raises:
+        ValueError: If there is no object, or no prediction.
+    """
+    annotations = load_annotations(annotations)
+    curves = threshold_curves(annotations, detections_coco, top_k)
+    if curves["all"] is None or curves["all"]["best_threshold"] is None:
+        raise ValueError("no object or no prediction; there is no best threshold.")
+
+    def below(best: float, scores: np.ndarray) -> float:
+        return float((best + max(scores[scores < best], default=0.0)) / 2)
+
+    scores = np.array([entry["score"] for entry in detections_coco])
+    category_ids = np.array([entry["category_id"] for entry in detections_coco])
+    overall = below(curves["all"]["best_threshold"], scores)
+    each = {}
+    for record in annotations["categories"]:
+        best = curves["classes"].get(record["name"], {}).get("best_threshold")
+        each[record["name"]] = overall if best is None else below(best, scores[category_ids == record["id"]])
+    return overall, each
+
+
 def confusion_matrix(
     annotations: str | Path | Mapping[str, Any],
     detections_coco: Sequence[Mapping[str, Any]],

@@ -21,15 +21,25 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .mixture import central_quantile
+
 
 class DrmmImageProcessorKwargs(ImagesKwargs, total=False):
     """Settings of the processor besides those every transformers image processor has.
 
     Attributes:
         size_divisor: Height and width of a batch are padded to the next multiple of it; `pad_size` overrules it.
+        calibration: What post-processing corrects, fitted on predictions of the model that the processor belongs to:
+            `scores`, a map of the confidences, either `{"method": "temperature", "temperature": T}` or
+            `{"method": "isotonic", "scores": [...], "calibrated": [...]}`, rising knots; `scale_factor`, which box
+            scales are multiplied with; `fitted_on`, which is not read. All may be left out.
+        score_threshold: Threshold of post-processing where a call names none: one number, or one for each class. 0.5
+            by default.
     """
 
     size_divisor: int
+    calibration: dict | None
+    score_threshold: float | list[float] | None
 
 
 class DrmmImageProcessor(TorchvisionBackend):
@@ -60,11 +70,17 @@ class DrmmImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
     do_pad = True
+    calibration = None
+    score_threshold = None
 
     def __init__(self, **kwargs: Unpack[DrmmImageProcessorKwargs]):
         super().__init__(**kwargs)
         if isinstance(self.size_divisor, bool) or not isinstance(self.size_divisor, int) or self.size_divisor < 1:
             raise ValueError(f"size_divisor={self.size_divisor!r}: must be an int of at least 1")
+        _check_calibration(self.calibration or {})
+        thresholds = self.score_threshold if isinstance(self.score_threshold, list) else [self.score_threshold]
+        if not thresholds or not all(one is None or (_is_number(one) and 0 <= one <= 1) for one in thresholds):
+            raise ValueError(f"score_threshold={self.score_threshold!r}: must be a score in [0, 1], or a list of them")
 
     def preprocess(
         self,
@@ -237,33 +253,40 @@ class DrmmImageProcessor(TorchvisionBackend):
     def post_process_object_detection(
         self,
         outputs,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         target_sizes: torch.Tensor | list[tuple[float, float]] | None = None,
         top_k: int = 100,
         clip: bool = False,
+        interval: float | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """Pick the best (query, class) pairs of each picture and put their boxes into its own pixels.
 
         The same query may appear with several classes. There is no NMS. All arithmetic is float32, whatever the
         dtype of `outputs`. By default a box is returned as predicted: it may reach over the border, and its corners
-        may be in the wrong order.
+        may be in the wrong order. Where the processor has a `calibration`, scores and scales are the corrected ones;
+        `objectness` and `class_probabilities` stay as predicted.
 
         Args:
             outputs: Output of `DrmmForObjectDetection`, or of any detector with sigmoid `logits` (B, K, C) and
                 `pred_boxes` (B, K, 4) cx, cy, w, h in [0, 1] of the unpadded picture.
-            threshold: Keep scores above it.
+            threshold: Keep scores above it. None: the processor's `score_threshold`, of each class where it has one
+                for each, else 0.5.
             target_sizes: (B, 2) or B pairs: height, width of the original pictures, ints or floats. None: boxes and
                 scales stay fractions of the picture.
             top_k: At most this many detections a picture, chosen before the threshold.
-            clip: Order the corners (and their scales with them) and clip boxes to the picture.
+            clip: Order the corners (and their scales with them) and clip boxes, and intervals, to the picture.
+            interval: Share of the probability, in (0, 1), that an interval about each side holds, with the mixture
+                head: quantiles of the density that the model was configured with.
 
         Returns:
             One dict a picture, sorted by falling score: `scores` (n,), `labels` (n,), `boxes` (n, 4) x1, y1, x2, y2
             in pixels, `query_indices` (n,); with the mixture head also `box_scales` (n, 4) in pixels (left, top,
-            right, bottom), `objectness` (n,) and `class_probabilities` (n,) of the chosen class.
+            right, bottom), `objectness` (n,) and `class_probabilities` (n,) of the chosen class, and on request
+            `box_intervals` (n, 4, 2), the lowest and highest coordinate of left, top, right and bottom in pixels.
 
         Raises:
-            ValueError: `target_sizes` has another length than the batch, or `top_k` is below 1.
+            ValueError: `target_sizes` has another length than the batch, `top_k` is below 1, there are not as many
+                saved thresholds as classes, or `interval` is not in (0, 1) or `outputs` have no density.
 
         Source: the public code scores every (query, class) pair by p * o and keeps the top 100 without NMS.
         """
@@ -271,10 +294,14 @@ class DrmmImageProcessor(TorchvisionBackend):
             raise ValueError(f"top_k={top_k}: must be at least 1")
         logits = outputs.logits.float()
         batch_size, _, num_classes = logits.shape
-        # Sigmoid is monotone: choosing by logits keeps the order of scores that float32 rounds to 1.
+        # Every map of scores is monotone: choosing by logits keeps the order of those that float32 rounds to 1.
         top_logits, pairs = logits.flatten(1).topk(min(top_k, logits[0].numel()))
-        queries, labels = pairs // num_classes, pairs % num_classes
-        scores = top_logits.sigmoid()
+        scores, labels = self._scores(top_logits), pairs % num_classes
+        limits = self._thresholds(threshold, num_classes, scores.device)[labels]
+        kept = scores > limits
+        # Those above their thresholds become the first ones, so that one transfer says how many there are.
+        first = (~kept).byte().argsort(dim=1, stable=True)
+        scores, labels, queries = (one.gather(1, first) for one in (scores, labels, pairs // num_classes))
 
         def take(per_query: torch.Tensor) -> torch.Tensor:
             return per_query.float().gather(1, queries[..., None].expand(-1, -1, per_query.shape[-1]))
@@ -285,7 +312,7 @@ class DrmmImageProcessor(TorchvisionBackend):
         boxes = boxes * unit
         fields = {"scores": scores, "labels": labels, "boxes": boxes, "query_indices": queries}
         if getattr(outputs, "box_scales", None) is not None:
-            fields["box_scales"] = take(outputs.box_scales) * unit
+            fields["box_scales"] = take(outputs.box_scales) * unit * (self.calibration or {}).get("scale_factor", 1.0)
         if getattr(outputs, "objectness_logits", None) is not None:
             fields["objectness"] = outputs.objectness_logits.float().sigmoid().gather(1, queries)
         if getattr(outputs, "class_logits", None) is not None:
@@ -294,11 +321,79 @@ class DrmmImageProcessor(TorchvisionBackend):
             inverted = (boxes[..., 2:] < boxes[..., :2]).repeat(1, 1, 2)
             for name in fields.keys() & {"boxes", "box_scales"}:
                 fields[name] = torch.where(inverted, fields[name].roll(2, dims=-1), fields[name])
-            fields["boxes"] = fields["boxes"].clamp(min=torch.zeros_like(unit), max=unit)
+        if interval is not None:
+            fields["box_intervals"] = _intervals(fields, outputs, interval)
+        if clip:
+            for name in fields.keys() & {"boxes", "box_intervals"}:
+                frame = unit if name == "boxes" else unit[..., None]
+                fields[name] = fields[name].clamp(min=torch.zeros_like(frame), max=frame)
 
-        # Scores fall, so those above the threshold are the first ones: one transfer for the batch.
-        counts = (scores > threshold).sum(1).tolist()
+        counts = kept.sum(1).tolist()
         return [{name: field[i, :count] for name, field in fields.items()} for i, count in enumerate(counts)]
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return confidences of log-odds, calibrated where there is a calibration."""
+        fitted = (self.calibration or {}).get("scores") or {"method": "temperature", "temperature": 1.0}
+        if fitted["method"] == "temperature":
+            return torch.sigmoid(logits / fitted["temperature"])
+        scores, calibrated = (torch.tensor(fitted[name], device=logits.device) for name in ("scores", "calibrated"))
+        given = logits.sigmoid().contiguous()
+        upper = torch.searchsorted(scores, given).clamp(max=len(scores) - 1)
+        lower = (upper - 1).clamp(min=0)
+        width = (scores[upper] - scores[lower]).clamp(min=torch.finfo(scores.dtype).tiny)
+        share = ((given - scores[lower]) / width).clamp(0, 1)
+        return torch.lerp(calibrated[lower], calibrated[upper], share)
+
+    def _thresholds(self, threshold: float | None, num_classes: int, device: torch.device) -> torch.Tensor:
+        """Return the threshold of every class."""
+        if threshold is None:
+            threshold = 0.5 if self.score_threshold is None else self.score_threshold
+        if isinstance(threshold, list):
+            if len(threshold) != num_classes:
+                raise ValueError(
+                    f"score_threshold has {len(threshold)} entries: must be one for {num_classes} classes"
+                )
+            return torch.tensor(threshold, dtype=torch.float32, device=device)
+        return torch.full((num_classes,), threshold, dtype=torch.float32, device=device)
+
+
+def _intervals(fields: dict[str, torch.Tensor], outputs, level: float) -> torch.Tensor:
+    """Return (B, n, 4, 2): low and high of the interval of each side that holds `level` of its probability."""
+    freedom = getattr(outputs, "scale_freedom", None)
+    if freedom is None or "box_scales" not in fields:
+        raise ValueError(f"interval={level}: must be None for outputs without box_scales and scale_freedom")
+    reach = central_quantile(level, freedom.flatten()[0].item()) * fields["box_scales"]
+    return torch.stack((fields["boxes"] - reach, fields["boxes"] + reach), dim=-1)
+
+
+def _check_calibration(calibration: dict) -> None:
+    """Refuse what is no calibration; `DrmmImageProcessorKwargs` says what is."""
+    unknown = calibration.keys() - {"scores", "scale_factor", "fitted_on"}
+    if unknown:
+        raise ValueError(f"calibration has {sorted(unknown)}: must have only scores, scale_factor and fitted_on")
+    factor = calibration.get("scale_factor", 1.0)
+    if not (_is_number(factor) and 0 < factor < math.inf):
+        raise ValueError(f"calibration has scale_factor={factor!r}: must be a number above 0")
+    fitted = calibration.get("scores")
+    if fitted is None:
+        return
+    if fitted.get("method") == "temperature":
+        if not (_is_number(fitted.get("temperature")) and 0 < fitted["temperature"] < math.inf):
+            raise ValueError(f"calibration has temperature={fitted.get('temperature')!r}: must be a number above 0")
+    elif fitted.get("method") == "isotonic":
+        knots = [fitted.get(name) or [] for name in ("scores", "calibrated")]
+        rising = all(0 <= a <= b <= 1 for values in knots for a, b in zip([0.0, *values], [*values, 1.0], strict=True))
+        if not knots[0] or len(knots[0]) != len(knots[1]) or not rising:
+            raise ValueError(
+                "calibration has an isotonic map: must be equally many rising scores and calibrated in [0, 1]"
+            )
+    else:
+        raise ValueError(f"calibration has scores={fitted!r}: must have the method 'temperature' or 'isotonic'")
+
+
+def _is_number(value) -> bool:
+    """Tell numbers from anything else, booleans too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -26,7 +26,14 @@ from .criteria import (
 )
 from .decoder import DrmmDecoder
 from .heads import BoxHead, MixtureHead
-from .mixture import MixtureParameters, floor_scales, log_confidence, log_odds
+from .mixture import (
+    MixtureParameters,
+    floor_scales,
+    log_component_density,
+    log_confidence,
+    log_odds,
+    tail_freedom,
+)
 from .necks import NECKS, ChannelMapping
 from .queries import DrmmQueries, initial_query_boxes
 from .query_layers import DrmmSelfAttention, FeedForward
@@ -67,6 +74,8 @@ class DrmmObjectDetectionOutput(ModelOutput):
         class_logits (`torch.Tensor` of shape `(B, K, C)`): before the softmax.
         auxiliary_outputs (`list[dict]`): the five tensors above for each earlier stage; with labels or on request.
         last_hidden_state (`torch.Tensor` of shape `(B, K, hidden_size)`): query features after the last stage.
+        scale_freedom (`torch.Tensor` of shape `(B,)`): degrees of freedom of the Student's t density that `box_scales`
+            are scales of: 1 is Cauchy, infinity Gaussian; None with a box head. Intervals are made from it.
     """
 
     loss: torch.FloatTensor | None = None
@@ -78,6 +87,7 @@ class DrmmObjectDetectionOutput(ModelOutput):
     class_logits: torch.FloatTensor | None = None
     auxiliary_outputs: list[dict] | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    scale_freedom: torch.FloatTensor | None = None
 
 
 class DrmmPreTrainedModel(PreTrainedModel):
@@ -286,12 +296,17 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             targets = Targets(*(values.repeat_interleave(groups, dim=0) for values in targets))
             terms = self.loss_function(outputs.stages, targets, self.config)
             loss, loss_dict = reduce_terms(terms, targets, self.config)
+        scales, freedom = predictions[-1].get("box_scales"), None
+        if scales is not None:
+            freedom = tail_freedom(self.config.coordinate_distribution, self.config.student_t_freedom)
+            freedom = scales.new_full((len(scales),), freedom)
         return DrmmObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
             **predictions[-1],
             auxiliary_outputs=predictions[:-1] or None,
             last_hidden_state=outputs.last_hidden_state,
+            scale_freedom=freedom,
         )
 
     @torch.no_grad()
@@ -327,6 +342,50 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
         return assigned.unflatten(-1, (copies, -1)).transpose(-1, -2), DrmmObjectDetectionOutput(
             **last, auxiliary_outputs=earlier or None
         )
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        pixel_values: torch.FloatTensor,
+        labels: list[dict],
+        pixel_mask: torch.LongTensor | None = None,
+    ) -> list[Tensor]:
+        """Evaluate the density that the last stage predicts for each picture at given boxes and classes.
+
+        It is the density of inference: mixing coefficients that sum to 1 over all queries (those that `top_k_ratio`
+        dropped included), scales at or above their floor, and none of what a criterion may add (the number of ground
+        truths, an epsilon, a class exponent). Boxes over the border are taken as they are.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures, as the image processor makes
+                them.
+            labels (`list[dict]`): as `forward` takes them. Labels in float64 keep the boxes exact.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): as `forward` takes it.
+
+        Returns:
+            `list[torch.Tensor]`: for each picture log p of its ground truths, of shape `(N,)`, in units of 1 / pixel^4
+            of the model input; float64 where the device has it. No gradient.
+
+        Raises:
+            ValueError: if the model has box heads, or labels or mask do not fit the pictures.
+
+        Source: Eq. 2.
+        """
+        if self.config.head_type != "mixture":
+            raise ValueError(f"head_type is {self.config.head_type!r}, which has no density; it must be 'mixture'.")
+        outputs = self.model(pixel_values, pixel_mask, return_dict=True)
+        check_labels(labels, self.config.num_labels)
+        dtype = torch.float32 if pixel_values.device.type == "mps" else torch.float64
+        targets = pad_targets(labels, outputs.image_sizes, dtype)
+        log_p = log_component_density(
+            MixtureParameters(*(values.to(dtype) for values in outputs.stages[-1])),
+            targets.boxes,
+            targets.class_labels,
+            self.config.coordinate_distribution,
+            self.config.student_t_freedom,
+            self.config.min_scale_ratio,
+        ).logsumexp(dim=-1)
+        return [row[: len(label["class_labels"])] for row, label in zip(log_p, labels, strict=True)]
 
     def _predictions(self, stage: MixtureParameters | BoxPredictions, image_sizes: Tensor) -> dict[str, Tensor]:
         """Bring a stage's predictions, of the first group of queries, into the outside frame."""

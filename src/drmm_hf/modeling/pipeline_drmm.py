@@ -13,15 +13,16 @@ class DrmmObjectDetectionPipeline(ObjectDetectionPipeline):
     padded together. A larger padding can move a convolutional network's boxes a little (never their frame): take
     `batch_size=1` where figures must not depend on the neighbours.
 
-    A call takes the stock arguments (`threshold`, `timeout`, `batch_size`, ...) and `top_k` and `clip` of
-    `DrmmImageProcessor.post_process_object_detection`. It returns for each picture a list of
-    `{"score": float, "label": str, "box": {"xmin", "ymin", "xmax", "ymax"}}` in pixels of the picture, floats; with
-    the mixture head also `"box_scales"`, the Cauchy scale of each side in pixels under the same four names.
+    A call takes the stock arguments (`threshold`, `timeout`, `batch_size`, ...) and `top_k`, `clip` and `interval` of
+    `DrmmImageProcessor.post_process_object_detection`; without a `threshold` it is the processor's own. It returns for
+    each picture a list of `{"score": float, "label": str, "box": {"xmin", "ymin", "xmax", "ymax"}}` in pixels of the
+    picture, floats; with the mixture head also `"box_scales"`, the scale of each side in pixels under the same four
+    names, and with `interval` `"box_interval"`, there the lowest and highest coordinate of each side.
     """
 
     def _sanitize_parameters(self, **kwargs):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
-        postprocess_params |= {name: kwargs[name] for name in ("top_k", "clip") if name in kwargs}
+        postprocess_params |= {name: kwargs[name] for name in ("top_k", "clip", "interval") if name in kwargs}
         return preprocess_params, forward_params, postprocess_params
 
     def preprocess(self, image, timeout=None):
@@ -38,10 +39,10 @@ class DrmmObjectDetectionPipeline(ObjectDetectionPipeline):
         outputs = self.model(pixel_values=pixel_values.to(self.dtype), pixel_mask=pixel_mask)
         return type(outputs)({"target_size": model_inputs["target_size"], **outputs})
 
-    def postprocess(self, model_outputs, threshold=0.5, top_k=100, clip=False):
+    def postprocess(self, model_outputs, threshold=None, top_k=100, clip=False, interval=None):
         """Turn the output for one picture into a list of detections."""
         result = self.image_processor.post_process_object_detection(
-            model_outputs, threshold, model_outputs["target_size"], top_k=top_k, clip=clip
+            model_outputs, threshold, model_outputs["target_size"], top_k=top_k, clip=clip, interval=interval
         )[0]
         detections = [
             {"score": score, "label": self.model.config.id2label[label], "box": self._get_bounding_box(box)}
@@ -51,10 +52,12 @@ class DrmmObjectDetectionPipeline(ObjectDetectionPipeline):
         ]
         for detection, scales in zip(detections, result.get("box_scales", ()), strict=False):
             detection["box_scales"] = self._get_bounding_box(scales)
+        for detection, limits in zip(detections, result.get("box_intervals", ()), strict=False):
+            detection["box_interval"] = self._get_bounding_box(limits)
         return detections
 
-    def _get_bounding_box(self, box: torch.Tensor) -> dict[str, float]:
-        """Name the four numbers of a box, without rounding."""
+    def _get_bounding_box(self, box: torch.Tensor) -> dict[str, float | list[float]]:
+        """Name what the four sides of a box have, without rounding."""
         return dict(zip(("xmin", "ymin", "xmax", "ymax"), box.tolist(), strict=True))
 
 

@@ -158,7 +158,9 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
         if loaded["missing_keys"]:
             missing = sorted(loaded["missing_keys"])
             print(f"starts afresh: {len(missing)} tensors that {training.init_from} does not have, as {missing[0]}")
-        processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size)
+        # What was fitted to the predictions of those weights does not hold for others.
+        fresh = {"calibration": None, "score_threshold": None}
+        processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size, **fresh)
     if training.backbone_weights not in (None, "none"):
         from ..conversion.backbone_weights import load_backbone_weights
 

@@ -31,7 +31,7 @@ def draw_boxes(
         image (`Image.Image`): The picture; it is left as it is.
         result (`Mapping`): `boxes` `(n, 4)` xyxy in pixels of the picture, `labels` `(n,)` and `scores` `(n,)`, as
             post-processing gives them: tensors, arrays or lists. Without `scores`, as annotations are, every box is
-            drawn under its name alone.
+            drawn under its name alone. With `box_intervals` `(n, 4, 2)` each side fades out to both ends of its own.
         id2label (`Mapping[int, str]`): Name of each label.
         threshold (`float`): Smallest score that is drawn.
         ground_truth (`Mapping`, *optional*): `boxes` of the same form.
@@ -56,6 +56,10 @@ def draw_boxes(
     shown = range(len(boxes))
     if scores is not None:
         shown = [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] >= threshold]
+    if "box_intervals" in result:
+        intervals = _array(result["box_intervals"]).reshape(-1, 4, 2)
+        for index in reversed(shown):
+            _soft_sides(canvas, boxes[index] * scale, intervals[index] * scale, colour(labels[index]))
     for index in reversed(shown):
         draw.rectangle(_ordered(boxes[index] * scale), outline=colour(labels[index]), width=width)
     taken: list[tuple[float, ...]] = []
@@ -132,6 +136,23 @@ def _ordered(box: np.ndarray) -> list[float]:
     """Return whole corners with the smaller coordinate first, since Pillow refuses inverted boxes."""
     x0, y0, x1, y1 = np.round(box).tolist()
     return [min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)]
+
+
+def _soft_sides(canvas: Image.Image, box: np.ndarray, intervals: np.ndarray, shade: tuple[int, int, int]) -> None:
+    """Paint each side of a box as a band that is strongest at the side and gone at the ends of its interval."""
+    bands = []
+    for length, (start, end) in ((canvas.width, (0, 2)), (canvas.height, (1, 3))):
+        places = np.arange(length) + 0.5
+        fades = []
+        for side in (start, end):
+            distance, (low, high) = places - box[side], np.abs(intervals[side] - box[side])
+            reach = np.where(distance < 0, low, high)
+            fades.append(np.clip(1 - np.abs(distance) / np.maximum(reach, 0.5), 0, 1) ** 2.5)
+        near, far = sorted((box[start], box[end]))
+        bands.append((np.maximum(*fades), (places >= near) & (places <= far)))
+    (across, within_x), (along, within_y) = bands
+    opacity = np.maximum(across * within_y[:, None], along[:, None] * within_x)
+    canvas.paste(shade, mask=Image.fromarray(np.uint8(140 * opacity)))
 
 
 def _tag_size(font: Any, text: str, unit: float) -> tuple[float, float]:

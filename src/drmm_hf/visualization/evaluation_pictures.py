@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .coverage_plot import coverage_diagram
 from .draw_boxes import draw_boxes, grid
 from .plots import (
     breakdown_diagram,
@@ -97,6 +98,10 @@ def _thresholds(report: Mapping[str, Any], folder: Path, _: Any) -> list[Path]:
     ]
 
 
+def _coverage(report: Mapping[str, Any], folder: Path, _: Any) -> list[Path]:
+    return [coverage_diagram(report, folder / "coverage.png")]
+
+
 def _calibration(report: Mapping[str, Any], folder: Path, _: Any) -> list[Path]:
     kinds = {name.replace("_", " "): kind for name, kind in report["kinds"].items()}
     kinds = dict(sorted(kinds.items(), key=lambda item: item[0] == "confidence"))  # p, o and then p * o
@@ -156,6 +161,7 @@ PICTURES = {
     "metrics": _metrics,
     "thresholds": _thresholds,
     "calibration": _calibration,
+    "coverage": _coverage,
     "duplicates": _duplicates,
     "breakdown": _breakdown,
 }

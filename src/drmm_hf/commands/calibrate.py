@@ -1,0 +1,145 @@
+"""`drmm calibrate`: fit what corrects a model's confidences and scales, and save it with its processor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The command's parser.
+    """
+    parser.add_argument("model", metavar="MODEL", help="folder of a D-RMM model; its preprocessor_config.json changes")
+    parser.add_argument("data", metavar="DATA", help="COCO folder, Hub id or image folder that it was not trained on")
+    parser.add_argument("--split", default="val", help="split of the data (default: val)")
+    parser.add_argument(
+        "--scores",
+        choices=["temperature", "isotonic", "none"],
+        default="temperature",
+        help="how to correct confidences (default: temperature, which keeps all of their order)",
+    )
+    parser.add_argument("--no-scales", action="store_true", help="leave box scales as they are")
+    parser.add_argument(
+        "--threshold", choices=["all", "class"], help="also save the score threshold of the largest F1 as the default"
+    )
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="COCO json file, if not annotations/instances_SPLIT.json"
+    )
+    parser.add_argument("--images", metavar="DIR", help="image folder, if not one of the usual places")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict as if nothing were calibrated, fit, and save.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments.
+
+    Returns:
+        `int`: 0.
+    """
+    path = Path(args.model) / "preprocessor_config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"model is {args.model!r}, which has no preprocessor_config.json; the rule is a model folder."
+        )
+
+    from transformers.utils import logging
+
+    from ..data.coco import coco_paths, load_detection_dataset
+    from ..data.labels import LabelMap
+    from ..evaluation.coco_metrics import ground_truth, load_annotations
+    from ..evaluation.evaluate import category_of_label, check_images
+    from ..evaluation.predict import load_detector, predict
+    from ..evaluation.recalibration import calibration_fields
+    from ..modeling.mixture import tail_freedom
+
+    places = {"images": args.images, "annotations": args.annotations}
+    paths = coco_paths(args.data, args.split, **places)
+    dataset = load_detection_dataset(args.data, args.split, **places, invalid="skip")
+    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    logging.disable_progress_bar()  # of each weight that is loaded
+    model, processor = load_detector(args.model, args.device)
+    if not hasattr(processor, "score_threshold"):
+        raise ValueError(
+            f"model is a {model.config.model_type!r}, whose processor takes no calibration; D-RMM's does."
+        )
+    mapping = category_of_label(model.config, annotations["categories"])
+    check_images(annotations, dataset["image_id"])
+    processor.calibration = None  # a second calibration replaces the first one
+    label_map = LabelMap.from_categories(annotations["categories"])
+    detections = predict(model, processor, dataset, args.batch_size)
+    known = detections.relabel({label: label_map.label(category_id) for label, category_id in mapping.items()})
+    config = model.config
+    fields = calibration_fields(
+        annotations,
+        known.to_coco(label_map),
+        method=None if args.scores == "none" else args.scores,
+        scales=not args.no_scales and config.head_type == "mixture",
+        threshold=args.threshold,
+        freedom=tail_freedom(config.coordinate_distribution, config.student_t_freedom),
+    )
+    if args.threshold == "class":
+        names = {record["id"]: record["name"] for record in annotations["categories"]}
+        each = fields["score_threshold"]
+        fields["score_threshold"] = [each.get(names.get(mapping.get(label)), 0.5) for label in sorted(config.id2label)]
+    save_fields(path, fields)
+    print(summary(fields, config.id2label, len(dataset)))
+    print(f"saved in {path}; measure on other pictures: drmm evaluate {args.model} DATA --split test --calibration")
+    return 0
+
+
+def save_fields(path: str | Path, fields: Mapping[str, Any]) -> None:
+    """Put a calibration into the settings of a processor, and leave all others as they are.
+
+    Args:
+        path (`str` or `Path`): Its `preprocessor_config.json`, which is whole at any time.
+        fields (`Mapping`): `calibration` and `score_threshold`; what is None is taken out.
+    """
+    from ..modeling.image_processing_drmm import DrmmImageProcessor
+    from ..training.checkpoint import write_text
+
+    settings = json.loads(Path(path).read_text(encoding="utf-8")) | fields
+    settings = {name: value for name, value in settings.items() if name not in fields or value is not None}
+    DrmmImageProcessor(**fields)  # what it refuses is not written
+    write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def summary(fields: Mapping[str, Any], id2label: Mapping[int, str], num_pictures: int) -> str:
+    """Say in a few lines what was fitted.
+
+    Args:
+        fields (`Mapping`): `calibration` and `score_threshold` of a processor.
+        id2label (`Mapping[int, str]`): Name of each class.
+        num_pictures (`int`): On how many pictures it was fitted.
+
+    Returns:
+        `str`: A line for confidences, scales and threshold each.
+    """
+    calibration, threshold = fields["calibration"] or {}, fields["score_threshold"]
+    scores, factor = calibration.get("scores"), calibration.get("scale_factor")
+    if scores is None:
+        corrected = "as predicted"
+    elif scores["method"] == "temperature":
+        corrected = f"log-odds over the temperature {scores['temperature']:.3f}"
+    else:
+        corrected = f"isotonic map of {len(scores['scores'])} knots"
+    if isinstance(threshold, list):
+        threshold = ", ".join(f"{id2label[label]} {one:.3f}" for label, one in enumerate(threshold))
+    elif threshold is not None:
+        threshold = f"{threshold:.3f}"
+    return "\n".join(
+        [
+            f"fitted on {num_pictures} pictures",
+            f"confidences: {corrected}",
+            f"box scales: {'as predicted' if factor is None else f'times {factor:.3f}'}",
+            f"threshold: {threshold or '0.5, the usual default'}",
+        ]
+    )

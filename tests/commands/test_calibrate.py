@@ -1,0 +1,122 @@
+"""`drmm calibrate`, from the command line to what the folder then predicts."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from drmm_cli import main
+from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
+from drmm_hf.data.coco import load_detection_dataset
+from drmm_hf.evaluation.predict import predict
+from drmm_hf.evaluation.recalibration import Calibrator
+
+
+@pytest.fixture
+def folder(drmm_folder, tmp_path):
+    """Return a D-RMM folder that may be changed."""
+    return shutil.copytree(drmm_folder, tmp_path / "model")
+
+
+@pytest.fixture
+def coco(folder, coco_folder, tmp_path):
+    """Return a COCO folder in which the best prediction of each picture is annotated, a little off."""
+    shutil.copytree(coco_folder, tmp_path / "coco")
+    path = tmp_path / "coco" / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    model, processor = DrmmForObjectDetection.from_pretrained(folder), DrmmImageProcessor.from_pretrained(folder)
+    found = predict(model, processor, load_detection_dataset(str(coco_folder), "val", invalid="skip"))
+    content["annotations"] = []
+    for image_id in found:
+        result = found[image_id]
+        for index in (0, 5):
+            left, top, right, bottom = result["boxes"][index] + [0.5, 0, -0.5, 0.25]
+            if right > left and bottom > top:
+                box = [left, top, right - left, bottom - top]
+                record = {"id": len(content["annotations"]) + 1, "image_id": image_id, "bbox": box, "iscrowd": 0}
+                label = int(result["labels"][index])
+                content["annotations"].append(record | {"category_id": (3, 8)[label], "area": box[2] * box[3]})
+    assert len(content["annotations"]) > 2
+    path.write_text(json.dumps(content))
+    return tmp_path / "coco"
+
+
+def everything(folder, coco):
+    dataset = load_detection_dataset(str(coco), "val", invalid="skip")
+    model, processor = DrmmForObjectDetection.from_pretrained(folder), DrmmImageProcessor.from_pretrained(folder)
+    return predict(model, processor, dataset)
+
+
+@pytest.mark.parametrize("scores", ["temperature", "isotonic"])
+def test_the_folder_predicts_what_was_fitted_and_a_second_time_replaces_the_first(folder, coco, capsys, scores):
+    raw, before = everything(folder, coco), json.loads((folder / "preprocessor_config.json").read_text())
+    arguments = ["calibrate", str(folder), str(coco), "--scores", scores, "--threshold", "class"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    once = json.loads((folder / "preprocessor_config.json").read_text())
+    assert {name: once[name] for name in before} == before
+    assert once.keys() - before.keys() == {"calibration", "score_threshold"}
+    calibration = once["calibration"]
+    assert calibration["fitted_on"]["num_images"] == 3 and calibration["scores"]["method"] == scores
+    assert len(once["score_threshold"]) == 2 and f"times {calibration['scale_factor']:.3f}" in said
+    calibrated, calibrate = everything(folder, coco), Calibrator.from_dict(calibration["scores"])
+    for image_id in raw:
+        np.testing.assert_allclose(calibrated[image_id]["scores"], calibrate(raw[image_id]["scores"]), atol=1e-5)
+        np.testing.assert_allclose(
+            calibrated[image_id]["box_scales"], calibration["scale_factor"] * raw[image_id]["box_scales"], rtol=1e-5
+        )
+    assert main(arguments) == 0  # fitted to predictions as they are, not on top
+    assert json.loads((folder / "preprocessor_config.json").read_text()) == once
+    assert main(["calibrate", str(folder), str(coco), "--scores", "none", "--no-scales"]) == 0
+    assert json.loads((folder / "preprocessor_config.json").read_text()) == before
+
+
+def test_evaluate_says_what_it_measures(folder, coco, tmp_path, capsys):
+    arguments = ["evaluate", str(folder), str(coco), "--output", str(tmp_path / "out"), "--calibration", "--coverage"]
+    assert main(arguments) == 0
+    assert "measured as the processor" not in capsys.readouterr().out
+    fitted = json.loads((tmp_path / "out" / "calibrators.json").read_text())
+    report = json.loads((tmp_path / "out" / "coverage.json").read_text())
+    assert fitted["scale_factor"] == report["best_scale_factor"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["calibration"] is None
+
+    assert main(["calibrate", str(folder), str(coco)]) == 0
+    arguments[4] = str(tmp_path / "again")
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert f"scores are calibrated (temperature {fitted['temperature']['temperature']:.3f})" in said
+    assert f"box scales are multiplied by {fitted['scale_factor']:.3f}" in said and "these very pictures" in said
+    assert not (tmp_path / "again" / "calibrators.json").exists()
+    again = json.loads((tmp_path / "again" / "coverage.json").read_text())
+    assert again["best_scale_factor"] == pytest.approx(1, rel=1e-4)
+    metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert metrics["calibration"]["scale_factor"] == fitted["scale_factor"]
+
+    files = ["--calibrators", str(tmp_path / "out" / "calibrators.json")]
+    assert main(["evaluate", str(folder), str(coco), *files]) == 2
+    assert "the model's processor calibrates already" in capsys.readouterr().err
+
+
+def test_coverage_of_saved_detections(folder, coco, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["evaluate", str(folder), str(coco), "--output", out, "--coverage"]) == 0
+    saved = ["evaluate", str(coco), "--detections", f"{out}/detections.json", "--output", str(tmp_path / "saved")]
+    assert main([*saved, "--coverage"]) == 0
+    reports = [json.loads((tmp_path / name / "coverage.json").read_text()) for name in ("out", "saved")]
+    assert reports[0] == reports[1]
+    assert main([*saved, "--coverage", "--freedom", "inf"]) == 0
+    gaussian = json.loads((tmp_path / "saved" / "coverage.json").read_text())
+    assert gaussian["freedom"] is None and gaussian["best_scale_factor"] > reports[0]["best_scale_factor"]
+    capsys.readouterr()
+    assert main([*saved, "--freedom", "0"]) == 2 and "freedom is 0.0" in capsys.readouterr().err
+    assert main(["evaluate", str(folder), str(coco), "--freedom", "3"]) == 2
+    assert "--freedom is for --detections" in capsys.readouterr().err
+
+
+def test_other_detectors_and_other_places_are_refused(model_folder, coco_folder, tmp_path, capsys):
+    assert main(["calibrate", str(tmp_path / "nowhere"), str(coco_folder)]) == 2
+    assert "has no preprocessor_config.json" in capsys.readouterr().err
+    if "detr" in model_folder.name:
+        assert main(["calibrate", str(model_folder), str(coco_folder)]) == 2
+        assert "model is a 'detr', whose processor takes no calibration" in capsys.readouterr().err
