@@ -87,7 +87,7 @@ def test_pictures_are_those_of_the_data_set(shapes):
     assert flipped == {True, False}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_a_loader_resumes_at_the_same_batch_wherever_it_stopped(shapes, data):
     """Whatever the shards, blocks, processes and batches; through json, as a checkpoint would keep it."""
