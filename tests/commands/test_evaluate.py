@@ -327,7 +327,16 @@ def test_one_file_of_detections_feeds_every_analysis(coco_folder, tmp_path, caps
     data = str(coco_folder / "annotations" / "instances_val.json")
     assert main(["evaluate", data, "--detections", str(results), *analyses, "--output", str(output)]) == 0
     written = {path.name for path in output.iterdir()}
-    reports = {"metrics", "detections", "thresholds", "calibration", "calibrators", "duplicates", "breakdown"}
+    reports = {
+        "evaluation",
+        "metrics",
+        "detections",
+        "thresholds",
+        "calibration",
+        "calibrators",
+        "duplicates",
+        "breakdown",
+    }
     pictures = {"reliability", "thresholds", "confusion", "calibration", "duplicates", "duplicates_reliability"}
     assert written == {f"{name}.json" for name in reports} | {f"{name}.png" for name in {*pictures, "breakdown"}}
     said = capsys.readouterr().out

@@ -196,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
             return 0  # the main process goes on
 
     entries = json.loads((output / "detections.json").read_text())
-    written = ["detections.json"]
+    written = ["evaluation.json", "detections.json"]
     if dataset is not None:
         written.append(draw_detections(entries, annotations, examples(dataset), output / "detections.jpg").name)
     asked = {"thresholds": args.thresholds, "calibration": args.calibration, "duplicates": args.sweep}
