@@ -151,7 +151,7 @@ def density_picture(image: Image, mixture: Mixture, path: str | Path, freedom: f
         axes.set_axis_off()
         axes.set_title(title, loc="left", fontweight="bold", color=_INK)
         scale = matplotlib.cm.ScalarMappable(norm, shown.cmap)
-        bar = figure.colorbar(scale, ax=axes, pad=0.015, label=unit, ticks=LogLocator(subs=(1, 3)))
+        bar = figure.colorbar(scale, ax=axes, pad=0.015, shrink=0.9, label=unit, ticks=LogLocator(subs=(1, 3)))
         bar.formatter = LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf))
         bar.minorticks_off()
         bar.outline.set_visible(False)
