@@ -1,11 +1,11 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from drmm_hf.benchmarks import loader
 from drmm_hf.benchmarks.loader import benchmark_loader
+from drmm_hf.benchmarks.measuring import Seconds
 from drmm_hf.data.coco import categories
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
@@ -26,11 +26,12 @@ def batches(monkeypatch):
     """Collect what each contestant read, in the order of their turns."""
     turns = []
 
-    def read(build):
-        turns.append(list(build()))
-        return 2.0 ** len(turns), 10.0 ** len(turns)
+    def timed(work, device):
+        work()
+        return Seconds(wall=2.0 ** len(turns), processor=10.0 ** len(turns))
 
-    monkeypatch.setattr(loader, "_seconds", read)
+    monkeypatch.setattr(loader, "timed", timed)
+    monkeypatch.setattr(loader, "_read", lambda build: turns.append(list(build())))
     return turns
 
 
@@ -57,27 +58,19 @@ def test_both_loaders_do_the_same_work_in_turns(shapes, label_map, batches):
     assert figures["ratio"] == pytest.approx({"min": 10, "median": 10, "max": 10})
 
 
-def test_time_is_that_of_all_processes_and_of_the_whole_loader(monkeypatch):
-    """User and system time of this process and of those it has waited for, from building to closing."""
+def test_the_workers_of_a_loader_end_with_its_reading():
+    """Their processor time is known only then."""
     calls = []
 
-    def usage(who):
-        calls.append("usage")
-        late = len(calls) > 2
-        first = 1 if who == loader.resource.RUSAGE_SELF else 300
-        return SimpleNamespace(ru_utime=late * first, ru_stime=late * 20 * first)
-
-    def items():
+    def build():
         try:
             calls.append("build")
             yield from (1, 2)
         finally:
             calls.append("close")
 
-    monkeypatch.setattr(loader.resource, "getrusage", usage)
-    wall, core = loader._seconds(items)
-    assert core == 21 + 6300 and wall > 0
-    assert calls == ["usage", "usage", "build", "close", "usage", "usage"]
+    loader._read(build)
+    assert calls == ["build", "close"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

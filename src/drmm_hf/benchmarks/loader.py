@@ -1,17 +1,12 @@
 """Throughput of the loader beside that of transformers' DETR processor, in one run.
 
-The machine is shared and its clock moves, so contestants take turns, each repetition gives one ratio, and what counts
-is the processor time of all processes: pictures per second of one core, whoever else is running.
+What counts is the processor time of all processes: pictures per second of one core, whoever else is running.
 """
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.metadata import version
-from statistics import median
 from typing import Any
 
 import datasets
@@ -22,6 +17,7 @@ from transformers import DetrImageProcessor
 from ..data.labels import LabelMap
 from ..data.loading import DetectionDataset, data_loader, read_image
 from ..modeling.image_processing_drmm import DrmmImageProcessor
+from .measuring import check_least, environment, summary, take_turns, threads, timed
 
 
 def benchmark_loader(
@@ -55,14 +51,14 @@ def benchmark_loader(
     Raises:
         ValueError: If a number is out of range or there are no pictures.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("num_pictures", num_pictures, 1),
-        ("repetitions", repetitions, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}, must be at least {least}")
+    check_least(
+        {
+            "batch_size": (batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "num_pictures": (num_pictures, 1),
+            "repetitions": (repetitions, 1),
+        }
+    )
     if not len(dataset):
         raise ValueError("dataset is empty: a benchmark needs pictures")
     count = min(num_pictures, len(dataset))
@@ -78,18 +74,12 @@ def benchmark_loader(
         ),
         "decoding": lambda: map(read_image, ours.dataset),
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = {name: [] for name in contestants}
-        for _ in range(repetitions + 1):
-            for name, build in contestants.items():
-                seconds[name].append(_seconds(build))
-    finally:
-        torch.set_num_threads(threads)
-    wall, core = (
-        {name: [measured[clock] for measured in turns[1:]] for name, turns in seconds.items()} for clock in (0, 1)
-    )
+    device = torch.device("cpu")
+    with threads(1):
+        where = environment(device, "torchvision", "transformers", "datasets", "pillow")
+        turns = {name: partial(timed, partial(_read, build), device) for name, build in contestants.items()}
+        seconds = take_turns(turns, repetitions, title="loader")
+    wall, core = ({name: [one[clock] for one in taken] for name, taken in seconds.items()} for clock in (0, 1))
     ratios = [theirs / mine for theirs, mine in zip(core["transformers"], core["drmm_hf"], strict=True)]
     return {
         "num_pictures": count,
@@ -97,16 +87,15 @@ def benchmark_loader(
         "num_workers": num_workers,
         "repetitions": repetitions,
         "size": size,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "datasets", "pillow")},
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **where,
         "loaders": {
             name: {
-                "pictures_per_second": _summary([count / value for value in wall[name]]),
-                "pictures_per_core_second": _summary([count / value for value in core[name]]),
+                "pictures_per_second": summary([count / value for value in wall[name]]),
+                "pictures_per_core_second": summary([count / value for value in core[name]]),
             }
             for name in contestants
         },
-        "ratio": _summary(ratios),
+        "ratio": summary(ratios),
     }
 
 
@@ -137,21 +126,7 @@ def _transformers_batch(
     return processor(images=images, annotations=annotations, return_tensors="pt")
 
 
-def _seconds(build: Callable[[], Iterable[Any]]) -> tuple[float, float]:
-    """Build a loader, read it to the end and close it; return seconds of wall clock and of processors."""
-    start, used = time.perf_counter(), _processor_seconds()
-    loader = build()
-    for _ in loader:
+def _read(build: Callable[[], Iterable[Any]]) -> None:
+    """Build a loader, read it to the end and close it: the time of its workers is known only then."""
+    for _ in build():
         pass
-    del loader  # ends its workers, whose time is known only then
-    return time.perf_counter() - start, _processor_seconds() - used
-
-
-def _processor_seconds() -> float:
-    """Return what this process and those that it has waited for have used."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}

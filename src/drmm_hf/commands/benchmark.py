@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--repetitions", type=int, default=5, metavar="N", help="turns of each loader (default: 5)")
     loader.add_argument("--shortest-edge", type=int, default=800, metavar="PX", help="shorter side (default: 800)")
     loader.add_argument("--longest-edge", type=int, default=1333, metavar="PX", help="its bound (default: 1333)")
-    loader.add_argument("--output", metavar="FILE", help="where to write the figures as json")
     cost = kinds.add_parser("cost", help="parameters and multiply-adds of a detector; with --speed, pictures a second")
     cost.set_defaults(measure=_cost)
     cost.add_argument(
@@ -44,12 +43,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k-ratio", type=float, metavar="R", help="keep this share of the queries after every stage but the last"
     )
     cost.add_argument("--device", help="where to measure them (default: a GPU if there is one)")
-    cost.add_argument("--output", metavar="FILE", help="where to write the figures as json")
 
     evaluation = kinds.add_parser("eval", help="seconds of each step from detections to figures")
     evaluation.set_defaults(measure=_evaluation)
     evaluation.add_argument("--num-pictures", type=int, default=5000, metavar="N", help="pictures (default: 5000)")
-    evaluation.add_argument("--output", metavar="FILE", help="where to write the figures as json")
+
+    training = kinds.add_parser("train", help="the training step, part by part, and beside transformers' detectors")
+    training.set_defaults(measure=_training)
+    training.add_argument("--recipe", metavar="FILE", help="recipe to measure (default: ResNet-50 on Sparse R-CNN)")
+    training.add_argument("--data", metavar="DIR", help="train on these data, as the recipe augments them")
+    training.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="draw pictures of this size instead (default: 320 544)",
+    )
+    training.add_argument("--batch-size", type=int, metavar="N", help="pictures a step (default: the recipe's, or 1)")
+    training.add_argument("--num-workers", type=int, metavar="N", help="processes that load (default: the recipe's)")
+    training.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="autocast to this type")
+    training.add_argument("--compile", action="store_true", help="compile the models; takes minutes")
+    training.add_argument("--repetitions", type=int, default=5, metavar="N", help="steps that count (default: 5)")
+    training.add_argument(
+        "--peers", default="", metavar="NAMES", help="models of transformers to train too, as deformable_detr,detr"
+    )
+
+    loss = kinds.add_parser("loss", help="the criterion, beside transformers' Deformable DETR loss with its matching")
+    loss.set_defaults(measure=_loss)
+    loss.add_argument("--queries", type=int, nargs="+", default=[300], metavar="K", help="queries (default: 300)")
+    loss.add_argument(
+        "--objects", type=int, nargs="+", default=[15, 100], metavar="N", help="objects a picture (default: 15 100)"
+    )
+    loss.add_argument("--stages", type=int, default=6, metavar="S", help="stages (default: 6)")
+    loss.add_argument("--batch-size", type=int, default=8, metavar="B", help="pictures (default: 8)")
+    loss.add_argument("--classes", type=int, default=80, metavar="C", help="classes (default: 80)")
+    loss.add_argument("--repetitions", type=int, default=10, metavar="N", help="turns of each loss (default: 10)")
+    for kind in kinds.choices.values():
+        kind.add_argument("--output", metavar="FILE", help="where to write the figures as json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,6 +193,123 @@ def _cost(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return figures, cost_table(figures)
 
 
+def training_table(figures: Mapping[str, Any]) -> str:
+    """Return the figures of the training benchmark as lines of text.
+
+    Args:
+        figures (`Mapping`): From `drmm_hf.benchmarks.training.benchmark_training`.
+
+    Returns:
+        `str`: A line a part of the step, then a line a model: medians, and the spread in brackets.
+    """
+    from ..benchmarks.peers import PEERS
+
+    on_cpu = figures["device"] == "cpu"
+    lines = [f"{'part':<18}{'ms':>26}{'share':>8}" + (f"{'ms of processors':>26}{'share':>8}" if on_cpu else "")]
+    for name, part in figures["parts"].items():
+        columns = [("seconds", "share"), *([("processor_seconds", "processor_share")] if on_cpu else [])]
+        lines.append(
+            f"{name.replace('_', ' '):<18}"
+            + "".join(f"{_spread(part[time], 1, 1000):>26}{part[share]['median']:>8.1%}" for time, share in columns)
+        )
+    lines.append(f"{'pictures a second':<18}{_spread(figures['pictures_per_second'], 2):>26}")
+    clock = "processor_seconds" if on_cpu else "seconds"
+    lines += [
+        "",
+        f"{'one step':<22}{'seconds' + (' of processors' if on_cpu else ''):>24}{'ratio':>22}{'TFLOP':>8}"
+        f"{'of roofline':>22}{'state MiB':>11}{'step MiB':>10}",
+    ]
+    for name, model in figures["models"].items():
+        lines.append(
+            f"{PEERS.get(name, 'drmm-hf'):<22}{_spread(model[clock], 2):>24}{_spread(model['ratio'], 2):>22}"
+            f"{model['flops'] / 1e12:>8.3f}{_spread(model['roofline_share'], 2):>22}"
+            f"{_mebibytes(model['state_bytes']):>11}{_mebibytes(model['step_bytes']):>10}"
+        )
+    height, width = figures["padded_size"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{figures['batch_size']} x {height} x {width}, {figures['objects']} objects, precision "
+            f"{figures['dtype']}, {'compiled, ' if figures['compile'] else ''}{figures['device']}, "
+            f"{figures['threads']} threads, {figures['num_workers']} loader workers, "
+            f"{figures['repetitions']} steps each",
+            f"matrices multiply at {_spread(figures['matmul'], 0, 1e-9)} GFLOP/s{' of one core' if on_cpu else ''}; "
+            "FLOPs are of products of matrices and convolutions, not of pooling, norms and the optimiser",
+            "state: weights, optimiser, moving average; step: gradients, activations and the rest at their peak",
+        ]
+    )
+
+
+def loss_table(figures: Mapping[str, Any]) -> str:
+    """Return the figures of the loss benchmark as lines of text.
+
+    Args:
+        figures (`Mapping`): From `drmm_hf.benchmarks.loss.benchmark_loss`.
+
+    Returns:
+        `str`: A line a case: medians, and the spread in brackets.
+    """
+    on_cpu = figures["device"] == "cpu"
+    clock = "processor_seconds" if on_cpu else "seconds"
+    lines = [
+        f"{'queries':>7}{'objects':>8}{'drmm-hf ms':>26}{'Deformable DETR ms':>28}{'ratio':>22}{'MiB':>7}"
+        f"{'its MiB':>9}"
+    ]
+    for case in figures["cases"]:
+        ours, theirs = case["drmm"], case["deformable_detr"]
+        lines.append(
+            f"{case['num_queries']:>7}{case['num_objects']:>8}{_spread(ours[clock], 1, 1000):>26}"
+            f"{_spread(theirs[clock], 1, 1000):>28}{_spread(case['ratio'], 1):>22}"
+            f"{_mebibytes(ours['peak_bytes']):>7}{_mebibytes(theirs['peak_bytes']):>9}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"forward and backward, {figures['num_stages']} stages, {figures['batch_size']} pictures, "
+            f"{figures['num_labels']} classes, {figures['device']}, {figures['threads']} threads, "
+            f"{figures['repetitions']} turns each{', processor time' if on_cpu else ''}",
+        ]
+    )
+
+
+def _training(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ..benchmarks.training import DEFAULT_RECIPE, benchmark_training, drawn_pictures
+    from ..training.arguments import load_recipe, make_recipe
+
+    if args.data is not None and args.size is not None:
+        raise ValueError("data and size are both given: drawn pictures have a size, those of data have their own")
+    fields = {
+        "source": args.data,
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+        "mixed_precision": {"float32": '"no"', "bfloat16": "bf16", "float16": "fp16"}.get(args.dtype),
+        "compile": args.compile or None,
+    }
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if args.data is None:
+        fields = drawn_pictures(*(args.size or (320, 544)), num_pictures=8 * (args.batch_size or 1)) | fields
+    recipe = make_recipe(DEFAULT_RECIPE, fields) if args.recipe is None else load_recipe(args.recipe, fields)
+    peers = [name for name in args.peers.split(",") if name]
+    figures = benchmark_training(recipe, repetitions=args.repetitions, peers=peers)
+    return figures, training_table(figures)
+
+
+def _loss(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ..benchmarks.loss import benchmark_loss
+
+    figures = benchmark_loss(
+        num_queries=args.queries,
+        num_objects=args.objects,
+        num_stages=args.stages,
+        batch_size=args.batch_size,
+        num_labels=args.classes,
+        repetitions=args.repetitions,
+    )
+    return figures, loss_table(figures)
+
+
 def _loader(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..benchmarks.loader import benchmark_loader
     from ..data.coco import categories, load_detection_dataset
@@ -213,6 +360,10 @@ def _evaluation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return figures, evaluation_table(figures)
 
 
-def _spread(summary: Mapping[str, float], digits: int) -> str:
-    low, middle, high = (f"{summary[key]:.{digits}f}" for key in ("min", "median", "max"))
+def _spread(summary: Mapping[str, float], digits: int, factor: float = 1) -> str:
+    low, middle, high = (f"{factor * summary[key]:.{digits}f}" for key in ("min", "median", "max"))
     return f"{middle} ({low} - {high})"
+
+
+def _mebibytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / 2**20:.0f}"
