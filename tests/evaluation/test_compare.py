@@ -26,7 +26,9 @@ CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}]
 
 def make_dataset():
     rows = []
-    for index, boxes in enumerate(([[10.0, 10.0, 20.0, 20.0], [50.0, 10.0, 20.0, 20.0]], [[0.0, 0.0, 30.0, 30.0]], [])):
+    for index, boxes in enumerate(
+        ([[10.0, 10.0, 20.0, 20.0], [50.0, 10.0, 20.0, 20.0]], [[0.0, 0.0, 30.0, 30.0]], [])
+    ):
         pixels = np.random.default_rng(index).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         objects = [
             {"id": 10 * index + place, "category_id": 7, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}

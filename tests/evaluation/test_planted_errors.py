@@ -15,6 +15,7 @@ from torchvision.ops import box_convert, box_iou
 
 from drmm_hf.evaluation.planted_errors import KINDS, plant_errors
 
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plant_errors.py"
 
 
