@@ -179,10 +179,8 @@ def draw_differences(
                 captions.append(f"{entry['file_name']}: annotations")
             else:
                 threshold, error = result["models"][name]["threshold"], entry["errors"][name]
-                captions.append(
-                    f"{name}, scores from {threshold:.2f}: error {100 * error['lrp']:.0f} %, "
-                    f"{error['correct']} right, {error['wrong']} wrong, {error['missed']} missed"
-                )
+                counts = f"{error['correct']} right, {error['wrong']} wrong, {error['missed']} missed"
+                captions.append(f"{name}, from {threshold:.2f}: error {100 * error['lrp']:.0f} %, {counts}")
             images.append(draw_boxes(image, boxes, label_map.id2label, threshold))
     grid(images, columns=len(shown), captions=captions).save(output / "differences.jpg", quality=88)
     return ["differences.jpg"]

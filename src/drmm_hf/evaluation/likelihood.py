@@ -116,11 +116,10 @@ class Evidence:
     Attributes:
         annotation_indices (`np.ndarray` of shape `(n,)`): Position of each among the annotations.
         nll (`np.ndarray` of shape `(n,)`): -log p(g), Eq. 4-5.
-        log_plausibility (`np.ndarray` of shape `(n,)`): log sum_k o_k p_k(c) sqrt(F_k(b) / F_k(mu_k)), at most 0: the
-            sum of the confidences of all components, each as far as the box agrees with its own.
+        log_plausibility (`np.ndarray` of shape `(n,)`): log sum_k p_k(c) sqrt(o_k F_k(b) / F_k(mu_k)), at most 0.
         log_box (`np.ndarray` of shape `(n,)`): log sqrt(F(b) / F(mu)) of the most responsible component.
         log_class (`np.ndarray` of shape `(n,)`): Its log of p(c) over its largest class probability.
-        log_object (`np.ndarray` of shape `(n,)`): Its log o.
+        log_object (`np.ndarray` of shape `(n,)`): Its log sqrt(o).
         boxes (`np.ndarray` of shape `(n, 4)`): Its location mu, xyxy, pixels of the original picture.
         category_ids (`np.ndarray` of shape `(n,)`): Category of its most probable class.
         scores (`np.ndarray` of shape `(n,)`): Its confidence in that class.
@@ -284,9 +283,10 @@ def gather_evidence(
     """Ask the density that a model predicts for each picture how well each annotation agrees with it.
 
     The likelihood itself depends on how large an object and how sharp its edges are, since a density has a unit. The
-    plausibility sets each component's density beside its own peak instead; the square root is how the probability of
-    a deviation at least as large falls, for Cauchy densities. It has the objectness instead of the mixing coefficient,
-    which depends on how many other objects there are. For a box that is a component's own it is the confidence.
+    plausibility sets each component's density beside its own peak instead. It has the objectness in place of the
+    mixing coefficient, which depends on how many other objects there are. The square root of the density is how the
+    probability of a deviation at least as large falls, for Cauchy densities; that of the objectness keeps objects that
+    are hard to see from coming before wrong ones, and is no more than what found planted errors best.
 
     Args:
         model (`torch.nn.Module`): A D-RMM model with mixture heads.
@@ -377,7 +377,7 @@ def _evidence(picture: AnnotatedMixtures, mapping: Mapping[int, int], config: An
     log_peak = log_coordinate_density(mixture.boxes[:, None], mixture.boxes[:, None], scales[:, None], *kind)
     log_agreement = (log_density - log_peak.flatten()) / 2
     log_class = log_class_probability(mixture.class_logits, picture.class_labels)
-    log_object = F.logsigmoid(mixture.objectness_logits)
+    log_object = F.logsigmoid(mixture.objectness_logits) / 2
     log_p = mixture.log_mixing + log_density + log_class
     plausibility = (log_object + log_class + log_agreement).logsumexp(dim=-1).clamp(max=0)
 
@@ -386,7 +386,7 @@ def _evidence(picture: AnnotatedMixtures, mapping: Mapping[int, int], config: An
     log_best, label = mixture.class_logits.log_softmax(dim=-1)[query][:, known].max(dim=-1)
     category_ids = torch.tensor(list(mapping.values()), device=query.device)[label]
     log_box, log_own_class = (part.gather(-1, query[:, None])[:, 0] for part in (log_agreement, log_class))
-    score = (log_object[query] + log_best).exp()
+    score = (2 * log_object[query] + log_best).exp()
     columns = -log_p.logsumexp(dim=-1), plausibility, log_box, log_own_class - log_best, log_object[query], score
     return torch.cat([torch.stack([*columns, category_ids, query], dim=-1), mixture.boxes[query]], dim=-1)
 
