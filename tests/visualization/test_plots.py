@@ -99,7 +99,7 @@ def test_diagrams_side_by_side_share_their_axes(tmp_path, figures):
     assert [one.get_title(loc="left") for one in axes[:2]] == ["before", "after"]
     assert [one.get_xlabel() for one in axes[2:]] == ["p", "o"]
     assert len({one.get_ylim() for one in axes[2:]}) == 1 and axes[2].get_ylim()[1] > 9000
-    assert [one.texts[0].get_text() for one in axes[:2]] == ["ECE 10.00 %\nAP 1 %", "ECE 10.00 %\nAP 2 %"]
+    assert [one.get_title(loc="right") for one in axes[:2]] == ["ECE 10.00 %\nAP 1 %", "ECE 10.00 %\nAP 2 %"]
     for one, count in zip(axes[2:], counts, strict=True):
         assert [bar.get_height() for bar in one.containers[0]] == count[count > 0].tolist()
 
@@ -175,3 +175,23 @@ def test_audit_curves_have_a_panel_a_kind_and_a_line_a_ranking(tmp_path, figures
     assert [line.get_ydata().tolist() for line in moved.lines] == [[1, 0.5], [0.2, 0.1]]
     labels = [text.get_text() for text in removed.get_legend().get_texts()]
     assert labels == ["density, AP 50.0 %", "confidence, AP 50.0 %"]
+
+
+def test_a_breakdown_shows_the_bins_that_have_objects(tmp_path, figures):
+    def one(low, high, count, ap=0.5):
+        return {"low": low, "high": high, "num_ground_truths": count, "AP": ap, "recall": 0.75, "ECE_0.1": None}
+
+    bins = [one(1.0, 2.0, 3), one(2.0, 4.0, 0), one(4.0, 8.0, 2000), one(8.0, None, 1, None)]
+    names = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
+    errors = {"AP50": 0.5, "delta": dict.fromkeys(names, 0.1), "counts": dict.fromkeys(names, 3)}
+    report = dict.fromkeys(("size", "aspect_ratio", "objects", "overlap"), bins) | {"errors": errors}
+    plots.breakdown_diagram(report, tmp_path / "breakdown.png")
+    axes = figures[0].axes
+    panels = {panel.get_title(loc="left"): panel for panel in axes}
+    ticks = [label.get_text() for label in panels["Objects in the picture"].get_xticklabels()]
+    assert ticks == ["1\n(3)", "4-7\n(2k)", "8+\n(1)"]
+    ap, recall = panels["Side of the object (pixels)"].lines
+    assert ap.get_ydata().tolist() == [50, 50] and recall.get_ydata().tolist() == [75, 75, 75]
+    assert [bar.get_width() for bar in panels["Errors: AP50 without them"].patches] == [10] * 6
+    plots.breakdown_diagram(report | {"errors": None}, tmp_path / "breakdown.png")
+    assert len(figures[1].axes) == 4

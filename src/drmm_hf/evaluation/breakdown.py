@@ -27,8 +27,8 @@ SIZE_EDGES = (0.0, 16.0, 32.0, 64.0, 96.0, 192.0, math.inf)
 ASPECT_EDGES = (0.0, 1 / 3, 1 / 2, 1 / 1.25, 1.25, 2.0, 3.0, math.inf)
 # Number of objects in the picture.
 COUNT_EDGES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, math.inf)
-# Largest IoU with another object of the class: none, and then in tenths.
-OVERLAP_EDGES = (0.0, 1e-9, 0.1, 0.2, 0.3, 0.5, math.inf)
+# Largest IoU with another object of the class.
+OVERLAP_EDGES = (0.0, 0.1, 0.2, 0.3, 0.5, math.inf)
 
 # What TIDE calls its errors, in words.
 ERRORS = {

@@ -247,7 +247,7 @@ def breakdown_table(report: Mapping[str, Any]) -> str:
         for one in report[name]:
             if one["num_ground_truths"]:
                 values = "".join(f"{_per_cent(one[figure]):>9}" for figure in figures)
-                lines.append(f"{range_name(one):<26}{one['num_ground_truths']:>9}{values}")
+                lines.append(f"{range_name(one, name == 'objects'):<26}{one['num_ground_truths']:>9}{values}")
     if report["errors"] is None:
         return "\n".join([*lines[1:], "", 'for the kinds of errors: pip install "drmm-hf[fast-eval]"'])
     lines += ["", f"{'error':<26}{'number':>9}{'AP50':>9}"]
@@ -258,18 +258,20 @@ def breakdown_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines[1:])
 
 
-def range_name(one: Mapping[str, Any]) -> str:
+def range_name(one: Mapping[str, Any], whole: bool = False) -> str:
     """Return the name of a bin.
 
     Args:
         one (`Mapping`): With `low` and, unless it has no end, `high`.
+        whole (`bool`): Whether only whole numbers fall into it.
 
     Returns:
-        `str`: Such as "16 to 32".
+        `str`: Such as "16 to 32", or "4 to 7" for whole numbers below 8.
     """
     if one["high"] is None:
         return f"{one['low']:.3g} and more"
-    return f"{one['low']:.3g} to {one['high']:.3g}"
+    last = one["high"] - 1 if whole else one["high"]
+    return f"{one['low']:.3g}" if last == one["low"] else f"{one['low']:.3g} to {last:.3g}"
 
 
 def _per_cent(value: float | None) -> str:

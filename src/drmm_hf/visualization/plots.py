@@ -68,9 +68,7 @@ def reliability_diagrams(
             upper.set_title(ece, loc="right", color=_INK)
         else:
             said = "\n".join([ece, *notes[column : column + 1]])
-            white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "boxstyle": "round,pad=0.35"}
-            place = {"ha": "right", "va": "bottom", "transform": upper.transAxes}
-            upper.text(0.96, 0.04, said, color=_INK, fontsize=9.5, bbox=white, **place)
+            upper.set_title(said, loc="right", color=_INK, fontsize=8.5)
         lower.set_xlabel(xlabels[column] if xlabels else "confidence")
         if column == 0:
             upper.set_ylabel("accuracy at IoU 0.5")
@@ -93,16 +91,18 @@ def deduplication_curves(swept: Mapping[str, Any], path: str | Path) -> Path:
     Source: Fig. 7, with the calibration error of Fig. 8.
     """
     figure = _figure(11, 3.9)
-    panels = (("AP", "AP"), ("ECE_0.1", "ECE of scores above 0.1"), ("duplicate_rate", "duplicates above 0.1"))
+    panels = (("AP", "AP"), ("ECE_0.1", "ECE of scores above 0.1"), ("duplicate_rate", "Duplicates above 0.1"))
     for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         alone = swept["none"][key]
         if alone is not None:
             axes.axhline(100 * alone, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="as predicted")
-        for method, name, colour, marker in (("nms", "NMS", _BLUE, "o"), ("wta", "WTA", _RED, "s")):
+        # The second is dashed and hollow: often one lies on the other.
+        styles = (("nms", "NMS", _BLUE, "o", {}), ("wta", "WTA", _RED, "s", {"linestyle": "--", "mfc": "white"}))
+        for method, name, colour, marker, style in styles:
             points = [(entry["iou_threshold"], entry[key]) for entry in swept[method] if entry[key] is not None]
             if points:
                 thresholds, values = np.array(points).T
-                axes.plot(thresholds, 100 * values, color=colour, marker=marker, markersize=5, label=name)
+                axes.plot(thresholds, 100 * values, color=colour, marker=marker, markersize=5, label=name, **style)
         axes.set_xlabel("IoU threshold (1: none removed)")
         axes.set_title(f"{title} (%)", loc="left", fontweight="bold", color=_INK)
         _plain(axes)
@@ -190,7 +190,8 @@ def confusion_diagram(confusion: Mapping[str, Any], path: str | Path) -> Path:
     axes.set_xticks(range(size), [*confusion["names"], "missed"], rotation=90 if size > 6 else 0, fontsize=letters)
     axes.set_yticks(range(size), [*confusion["names"], "no object"], fontsize=letters)
     axes.set(xlabel="predicted", ylabel="annotated")
-    axes.set_title(f"Scores of {confusion['threshold']:.2f} and more", loc="left", fontweight="bold", color=_INK)
+    title = f"Boxes at IoU 0.5 scoring {confusion['threshold']:.3f} and more"
+    axes.set_title(title, loc="left", fontweight="bold", color=_INK)
     if size <= 20:
         for row, column in np.argwhere(matrix > 0):
             shade = "white" if shares[row, column] > 0.6 else _INK
@@ -259,17 +260,19 @@ def breakdown_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
             points = [(place, 100 * entry[key]) for place, entry in enumerate(bins) if entry[key] is not None]
             if points:
                 one.plot(*zip(*points, strict=True), color=shade, marker=marker, markersize=5, label=label)
-        names = [
-            f"{entry['low']:.3g}+" if entry["high"] is None else f"{entry['low']:.2g}-{entry['high']:.3g}"
-            for entry in bins
-        ]
+        names = []
+        for entry in bins:
+            low, high = entry["low"], entry["high"]
+            if high is not None and name == "objects":  # whole numbers below the end of the bin
+                high -= 1
+            names.append(f"{low:.3g}+" if high is None else f"{low:.3g}" if low == high else f"{low:.3g}-{high:.3g}")
         names = [f"{label}\n({_short(entry['num_ground_truths'])})" for label, entry in zip(names, bins, strict=True)]
         one.set_xticks(range(len(bins)), names)
         one.set(ylim=(0, 102), xlim=(-0.4, max(len(bins), 1) - 0.6), ylabel="%")
         one.set_title(title[0].upper() + title[1:], loc="left", fontweight="bold", color=_INK)
         _plain(one)
         one.tick_params(axis="x", labelsize=7.5)
-    panels[0].legend(frameon=False, loc="lower right", fontsize=8.5)
+    panels[3].legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="lower left", fontsize=8.5)
     if errors:
         names = {"Cls": "class", "Loc": "place", "Both": "both", "Dupe": "duplicate", "Bkg": "nothing\nthere"}
         names["Miss"] = "missed"
