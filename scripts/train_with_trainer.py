@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         """
         detections = Detections()
         for arrays, labels in zip(evaluated.predictions, evaluated.label_ids, strict=True):
-            names = ("logits", "pred_boxes", "box_scales", "objectness_logits", "class_logits")
+            names = ("logits", "pred_boxes", "box_scales", "objectness_logits", "class_logits", "scale_freedom")
             outputs = DrmmObjectDetectionOutput(**dict(zip(names, map(torch.as_tensor, arrays), strict=True)))
             image_ids = [label["image_id"].item() for label in labels]
             sizes = [original_sizes[image_id] for image_id in image_ids]

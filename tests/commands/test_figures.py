@@ -148,8 +148,8 @@ def test_figure_8_has_nll_by_three_methods_and_nll_with_mcm(runs, tmp_path, draw
     upper = drawn[0].axes[:4]
     assert [axes.get_title(loc="left") for axes in upper] == ["NLL", "NLL + NMS", "NLL + WTA", "NLL + MCM"]
     for axes, folder in ((upper[0], "nll"), (upper[3], "nll_mcm")):
-        assert f"AP {100 * metric(runs / folder):.1f} %" in axes.texts[0].get_text()
-        assert f"ECE {100 * metric(runs / folder, 'ECE'):.2f} %" in axes.texts[0].get_text()
+        assert f"AP {100 * metric(runs / folder):.1f} %" in axes.get_title(loc="right")
+        assert f"ECE {100 * metric(runs / folder, 'ECE'):.2f} %" in axes.get_title(loc="right")
 
 
 def test_figure_10_keeps_published_and_measured_apart(runs, tmp_path, drawn):

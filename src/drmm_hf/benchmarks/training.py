@@ -56,7 +56,7 @@ def drawn_pictures(height: int, width: int, num_pictures: int) -> dict[str, Any]
         "shortest_edge": min(height, width),
         "longest_edge": max(height, width),
         "augmentation": "flip",
-        "overfit_images": None,
+        "overfit": None,
         "holdout": None,
     }
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.compare import compare
     from ..evaluation.predict import load_detector
-    from .evaluate import load_results
+    from ..evaluation.report import load_results
 
     sources = {name: source if source.endswith(".json") else find_source(source) for name, source in named.items()}
     paths = coco_paths(args.data, args.split)

@@ -173,7 +173,9 @@ def run(args: argparse.Namespace) -> int:
             check_density(model.config)
         calibration = getattr(processor, "calibration", None)
         if args.calibrators and calibration:
-            raise ValueError("the processor calibrates already; --calibrators are for predictions as they are.")
+            raise ValueError(
+                "the model's processor calibrates already; --calibrators are for predictions as they are."
+            )
         if hasattr(model.config, "coordinate_distribution"):
             freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
         if args.assignments:

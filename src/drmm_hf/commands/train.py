@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils import logging
 
+    from ..evaluation.report import examples
     from ..training.build import load_split
     from ..training.loop import train
-    from .evaluate import draw_pictures
+    from ..visualization.evaluation_pictures import draw_detections
 
     logging.disable_progress_bar()  # of each model file written or read
     summary = train(recipe)
@@ -87,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"best checkpoint (step {summary['best_step']}) on the validation split:", *words, sep="  ")
         print(f"{summary['steps']} steps, {summary['images']} images, {summary['seconds'] / 60:.1f} minutes")
         _draw_curves(output_dir)
-        draw_pictures(*load_split(recipe.data, "val"), output_dir)
+        val_set, annotations = load_split(recipe.data, "val")
+        entries = json.loads((output_dir / "detections.json").read_text())
+        draw_detections(entries, annotations, examples(val_set), output_dir / "detections.jpg")
         print(f"{output_dir / 'best'} is the model; curves, pictures, log and summary lie beside it")
     return 0
 

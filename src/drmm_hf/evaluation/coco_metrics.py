@@ -296,14 +296,14 @@ def run_hotcoco(content: Mapping[str, Any], detections: Sequence[Mapping[str, An
         detections (`Sequence[Mapping]`): COCO results, at least one.
 
     Returns:
-        `hotcoco.COCOeval`: Its `eval` is that of pycocotools. Ids of pictures are their places in the file.
+        `hotcoco.COCOeval`: Its `eval` is that of pycocotools. Ids of pictures are their ranks among all ids.
     """
     from hotcoco import COCO, COCOeval
 
     check_known(content, detections)
     fields = ("id", "category_id", "bbox", "area", "iscrowd")
-    # Ids of pictures go through float64, which has no room for large ones.
-    places = {record["id"]: place for place, record in enumerate(content["images"])}
+    # Ids of pictures go through float64, which has no room for large ones. Their order breaks ties between scores.
+    places = {image_id: place for place, image_id in enumerate(sorted(record["id"] for record in content["images"]))}
     truth = {
         "images": [{"id": place, "width": 0, "height": 0, "file_name": ""} for place in places.values()],
         "annotations": [
