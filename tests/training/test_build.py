@@ -1,9 +1,15 @@
 import copy
 import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
+import drmm_hf
 from drmm_hf.data.coco import categories, save_coco
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
@@ -73,3 +79,27 @@ def test_overfitting_takes_the_first_rich_pictures_for_both_splits(tiny_recipe, 
     data.overfit = len(rich) + 1
     with pytest.raises(ValueError, match=f"overfit is {len(rich) + 1}, but only {len(rich)} pictures"):
         load_split(data, "val")
+
+
+def test_a_process_that_fails_in_the_middle_of_an_epoch_ends(tmp_path):
+    """Its workers ignore the signal that Python ends them with, and it would wait for them."""
+    script = """
+        import sys
+        from drmm_hf.data.coco import categories
+        from drmm_hf.data.labels import LabelMap
+        from drmm_hf.modeling.image_processing_drmm import DrmmImageProcessor
+        from drmm_hf.training.arguments import load_recipe
+        from drmm_hf.training.build import load_split, training_loader
+
+        recipe = load_recipe(sys.argv[1], {"num_workers": 1})
+        dataset, _ = load_split(recipe.data, "train")
+        loader = training_loader(dataset, LabelMap.from_categories(categories(dataset)), DrmmImageProcessor(), recipe)
+        batches = iter(loader)  # kept until the end
+        next(batches)
+        raise ValueError("in the middle")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(Path(__file__).parent / "tiny.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(Path(drmm_hf.__file__).parents[1])}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "ValueError: in the middle"

@@ -29,7 +29,7 @@ from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
 from .arguments import DataArguments, Recipe
-from .stop_request import ignore_signals
+from .stop_request import end_workers_at_exit, ignore_signals
 
 
 def load_split(
@@ -190,6 +190,7 @@ def training_loader(
     Returns:
         `DataLoader`, or this process's `StreamLoader`: Batches of `pixel_values`, `pixel_mask` and `labels`.
     """
+    end_workers_at_exit()
     data, training = recipe.data, recipe.training
     augmentation = build_augmentation(
         data.augmentation,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +86,17 @@ def ignore_signals(*_) -> None:
     """Let a worker that reads pictures live until its training process has saved; to be called in the worker."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers_at_exit() -> None:
+    """Kill what workers are left when this process ends, as after an error in the middle of an epoch.
+
+    Python ends them with SIGTERM, which they ignore, and would wait for them for ever.
+    """
+    atexit.unregister(_kill_children)
+    atexit.register(_kill_children)
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
