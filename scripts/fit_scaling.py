@@ -43,6 +43,8 @@ OBJECTS = 10  # ground truths a picture
 FULL, HALF = (800, 1344), (480, 800)
 POINTS = {
     "float32": [
+        (320, 512, 1, 300, 6),
+        (640, 1056, 1, 300, 6),
         (*HALF, 1, 300, 6),
         (*FULL, 1, 300, 6),
         (*FULL, 2, 300, 6),
@@ -56,7 +58,7 @@ POINTS = {
 
 
 class TensorMemory(TorchDispatchMode):
-    """Follow the bytes of all storages that operations make, and the most at one time.
+    """Count operations that are no views, and follow the bytes of all storages that they make, and the most at once.
 
     Args:
         *known (`torch.Tensor`): What is there before and does not count.
@@ -65,11 +67,12 @@ class TensorMemory(TorchDispatchMode):
     def __init__(self, *known: torch.Tensor):
         super().__init__()
         self.live = {id(tensor.untyped_storage()): tensor for tensor in known}
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Run an operation and take in what it returns."""
         out = function(*args, **(kwargs or {}))
+        self.operations += not getattr(function, "is_view", False)
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor) and id(value.untyped_storage()) not in self.live:
                 storage = value.untyped_storage()
@@ -117,20 +120,24 @@ def count(form: str, point: tuple[int, ...]) -> dict:
         point (`tuple[int, ...]`): Height, width, pictures, queries, stages.
 
     Returns:
-        `dict`: `form`, `point`, `bytes`, `flops` and the numbers of `parameters` and `trained` ones.
+        `dict`: `form`, `point`, `bytes`, `flops`, `operations` and the numbers of `parameters` and `trained` ones.
     """
     height, width, batch, queries, stages = point
     with FakeTensorMode(), no_init_weights():
         model = build(queries, stages, form)
         pictures = torch.empty(batch, 3, height, width)
         memory = TensorMemory(pictures, *model.parameters(), *model.buffers())
-        with FlopCounterMode(display=False) as counter, memory:
+        with memory:
+            one_pass(model, pictures, form != "float32")
+        # In a pass of its own: under checkpointing the counter keeps alive what is computed again.
+        with FlopCounterMode(display=False) as counter:
             one_pass(model, pictures, form != "float32")
         # Attention's fused kernel on CPUs has no formula there: two products forward, four backward.
         attention = 3 * stages * batch * 4 * queries**2 * model.config.hidden_size
         sizes = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "operations": memory.operations,
         }
     return {
         "form": form,
@@ -152,9 +159,9 @@ def check(point: tuple[int, ...]) -> dict:
     return {"point": point, "bytes": memory.added}
 
 
-def time_loader(num_pictures: int = 24) -> dict:
+def time_loader(num_pictures: int = 96) -> dict:
     """Load JPEGs of COCO's size with the paper's augmentation; return pictures of one core's second."""
-    dataset = generate_shapes(num_pictures, seed=0, image_size=(480, 640), noise=2.0)
+    dataset = generate_shapes(num_pictures, seed=0, image_size=(480, 640), noise=10.0)
     images = []
     for row in dataset:
         buffer = BytesIO()
@@ -199,18 +206,18 @@ def at(coefficients: np.ndarray, point: tuple[int, ...]) -> float:
     return float(np.dot(coefficients, features(point)))
 
 
-# Assumptions about machines that were not at hand; see docs/scaling.md for where they are from.
-GPU_FLOPS = 989e12  # bfloat16, dense, H100 SXM, its data sheet
-GPU_BYTES_PER_SECOND = 3.35e12  # the same
-UTILISATION = (0.2, 0.4)  # share of GPU_FLOPS that products reach
-PASSES = 4  # times that the counted activations are written or read in a step
+# Assumptions about machines that were not at hand; docs/scaling.md says where they are from.
+GPU_FLOPS = 989e12  # bfloat16, dense, H100 SXM
+UTILISATION = (0.1, 0.25)  # share of it that a step reaches, all included
+HOST_SECONDS = (5e-6, 1e-5)  # of the host to issue one, forward or backward
 NVLINK, NETWORK = 450e9, 25e9  # bytes a second and direction, of a GPU in its node, and of a node
 
 
-def step_seconds(form: str, point: tuple[int, ...], fits: dict, utilisation: float) -> float:
-    """Predict the computing time of a step on one GPU."""
-    memory = at(fits[form]["bytes"], point)
-    return at(fits[form]["flops"], point) / (GPU_FLOPS * utilisation) + PASSES * memory / GPU_BYTES_PER_SECOND
+def step_seconds(form: str, point: tuple[int, ...], fits: dict, operations: int) -> list[float]:
+    """Predict the time of a step on one GPU, at best and at worst: of the GPU or of the host that feeds it."""
+    flops = at(fits[form]["flops"], point)
+    host, shares = (operations * seconds for seconds in HOST_SECONDS), UTILISATION[::-1]
+    return [max(flops / (GPU_FLOPS * share), launch) for share, launch in zip(shares, host, strict=True)]
 
 
 def gpu_bytes(form: str, point: tuple[int, ...], fits: dict, sizes: dict, shards: int = 1, ema: bool = False) -> float:
@@ -225,8 +232,8 @@ def reduce_seconds(bytes_: float, nodes: int, gpus: int = 8) -> float:
     return inside + (2 * (nodes - 1) / nodes * bytes_ / NETWORK if nodes > 1 else 0)
 
 
-def draw(counted: list[dict], fits: dict, path: Path) -> None:
-    """Draw memory against size and against queries: counted points and fits."""
+def draw(counted: list[dict], fits: dict, checked: dict | None, path: Path) -> None:
+    """Draw memory against size and against queries: counted points and fits, and a point that was computed."""
     figure = Figure(figsize=(10, 3.9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -242,6 +249,10 @@ def draw(counted: list[dict], fits: dict, path: Path) -> None:
             megapixels, [at(fits[form]["bytes"], (1, m * 1e6, 1, 300, 6)) / GIB for m in megapixels], color=colour
         )
         right.plot(ks, [at(fits[form]["bytes"], (*HALF, 1, k, 6)) / GIB for k in ks], color=colour)
+    if checked is not None:
+        height, width, _, queries, _ = checked["point"]
+        for axes, x in ((left, height * width / 1e6), (right, queries)):
+            axes.plot(x, checked["bytes"] / GIB, "o", color="#0072b2", mfc="white", label="float32, resident on a CPU")
     left.set(
         xlabel="megapixels of the padded picture", ylabel="GiB at the peak of a pass", ylim=(0, None), xlim=(0, 1.25)
     )
@@ -260,10 +271,16 @@ def report(results: dict, output: Path) -> None:
     counted = [{**entry, "point": tuple(entry["point"])} for entry in results["counted"]]
     forms = list(dict.fromkeys(entry["form"] for entry in counted))
     fits = {f: {n: fit([e for e in counted if e["form"] == f], n) for n in ("bytes", "flops")} for f in forms}
-    sizes = next({n: e[n] for n in ("parameters", "trained")} for e in counted if e["point"][3:] == (300, 6))
-    print(f"parameters {sizes['parameters']:,}, trained {sizes['trained']:,}")
+    sizes = next(e for e in counted if e["form"] == "bfloat16" and e["point"][3:] == (300, 6))
+    print(f"parameters {sizes['parameters']:,}, trained {sizes['trained']:,}, operations {sizes['operations']:,}")
     table(
-        "precision", "MiB: constant", "a megapixel", "a query and stage", "GFLOP: constant", "a megapixel", "a query"
+        "precision",
+        "MiB: constant",
+        "a megapixel",
+        "a query and stage",
+        "GFLOP: constant",
+        "a megapixel",
+        "a query and stage",
     )
     for form in forms:
         m, f = fits[form]["bytes"] / 2**20, fits[form]["flops"] / 1e9
@@ -284,18 +301,18 @@ def report(results: dict, output: Path) -> None:
             f"{one['pixels'] / 1e6:.2f} padded megapixels each, JPEGs of {one['jpeg_kib']:.0f} KiB"
         )
     predict(fits, sizes, results.get("loader", {}).get("pictures_per_core_second"))
-    draw(counted, fits, output / "scaling_memory.png")
+    draw(counted, fits, results.get("check"), output / "scaling_memory.png")
 
 
 def predict(fits: dict, sizes: dict, loader_rate: float | None) -> None:
     """Print what the fits and the assumptions say about GPUs."""
     print("\npredicted memory of a GPU, GiB, with DDP; in brackets with FSDP2 on 8")
     table("pictures a GPU", "queries", *fits)
-    for batch, queries in ((2, 300), (8, 300), (16, 300), (2, 2000), (8, 2000)):
+    for batch, queries in ((2, 300), (8, 300), (16, 300), (2, 2000), (8, 2000), (2, 3600)):
         point = (*FULL, batch, queries, 6)
         cells = [[gpu_bytes(form, point, fits, sizes, shards) / GIB for shards in (1, 8)] for form in fits]
         row(batch, queries, *(f"{whole:.1f} ({sharded:.1f})" for whole, sharded in cells))
-    print(f"\npredicted steps in bfloat16, milliseconds, where products reach {UTILISATION} of the GPU's rate")
+    print("\npredicted steps in bfloat16, milliseconds")
     columns = (
         "pictures/s of 8",
         "of 32",
@@ -308,15 +325,15 @@ def predict(fits: dict, sizes: dict, loader_rate: float | None) -> None:
     table("pictures a GPU", "queries", "compute", "all-reduce, 1 node", "4 nodes", *columns)
     for batch, queries in ((2, 300), (8, 300), (2, 2000), (8, 2000)):
         point = (*FULL, batch, queries, 6)
-        times = [step_seconds("bfloat16", point, fits, share) for share in UTILISATION]
+        times = step_seconds("bfloat16", point, fits, sizes["operations"])
         reductions = [reduce_seconds(4 * sizes["trained"], nodes) for nodes in (1, 4)]
         # The reduction overlaps with the backward pass, two thirds of the computation.
         rates = [
-            [8 * nodes * batch / (seconds / 3 + max(2 * seconds / 3, reduction)) for seconds in times]
+            [8 * nodes * batch / (seconds / 3 + max(2 * seconds / 3, reduction)) for seconds in times[::-1]]
             for nodes, reduction in zip((1, 4), reductions, strict=True)
         ]
         row(
-            *(batch, queries, between([1000 * seconds for seconds in times[::-1]])),
+            *(batch, queries, between([1000 * seconds for seconds in times])),
             *(f"{1000 * reduction:.1f}" for reduction in reductions),
             *(between(pair) for pair in rates),
             *(between([36 * n / r / 3600 for r in pair[::-1]]) for n in (118e3, 1.7e6) for pair in rates),
