@@ -156,7 +156,8 @@ class TrainingArguments:
             and saved; None keeps no average.
         mixed_precision (`str`): Autocast type: `no`, `bf16` or `fp16`.
         channels_last (`bool`): Keep pictures and convolutions in channels-last memory order.
-        gradient_checkpointing (`bool`): Compute activations of the backbone and the decoder twice to save memory.
+        gradient_checkpointing (`bool`): Compute activations of the decoder, and of backbones that transformers can do
+            so (Swin, not ResNet), twice to save memory.
         compile (`bool`): Compile the model with `torch.compile`; each new size of picture compiles again.
         max_skipped_steps (`int`): Steps in a row whose loss or gradient is not finite at which the run is stopped.
             Each leaves the weights alone, and its pictures, boxes and terms in `skipped_steps/`.
