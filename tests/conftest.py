@@ -2,7 +2,9 @@
 
 import os
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from hypothesis import settings
 from transformers import ResNetConfig
 
@@ -18,6 +20,14 @@ settings.register_profile("random", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Let each test choose its own precision: Accelerate keeps one state a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def tiny_resnet() -> ResNetConfig:

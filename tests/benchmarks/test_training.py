@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from conftest import random_labels, random_pictures, tiny_config
 from drmm_hf import DrmmForObjectDetection
@@ -20,13 +19,6 @@ from drmm_hf.training.optimizer import build_optimizer, schedule_factor, set_lea
 
 
 TINY = Path(__file__).parents[1] / "training" / "tiny.yaml"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from drmm_hf.training.arguments import load_recipe
 
@@ -18,11 +17,9 @@ def tiny_recipe(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Let each test choose its own precision: Accelerate keeps one state a process."""
+def same_threads():
+    """Give the threads back that a test changes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
