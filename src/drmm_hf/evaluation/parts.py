@@ -46,7 +46,8 @@ def launched_processes(device: str | torch.device | None = None) -> PartialState
 
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return None
-    return PartialState(cpu=str(device) == "cpu", timeout=timedelta(days=7))  # they wait for the slowest
+    on_cpu = str(device) == "cpu" or not torch.cuda.is_available()  # otherwise accelerate would run each alone
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # they wait for the slowest
 
 
 def predict_parts(

@@ -64,6 +64,8 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         notes.append(f"backbone_weights: {weights} from the Hub; a file will do, or none for random weights")
     if any(name in overrides for name in ("max_steps", "max_minutes")):
         sections["training"].pop("epochs")
+        if "max_steps" not in overrides:
+            sections["training"]["schedule_by"] = "time"
         notes = [note for note in notes if not note.startswith("epochs")]
     return make_recipe(sections, overrides), notes
 
