@@ -49,18 +49,15 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
-    from ..data.coco import coco_paths, load_detection_dataset
     from ..data.labels import LabelMap
     from ..evaluation.audit import audit
-    from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.evaluate import category_of_label
     from ..evaluation.likelihood import check_density, gather_evidence
     from ..evaluation.predict import load_detector, predict
+    from ..evaluation.report import load_split
 
     source = find_source(args.model)
-    paths = coco_paths(args.data, args.split)
-    dataset = load_detection_dataset(args.data, args.split, invalid="skip")
-    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    dataset, annotations = load_split(args.data, args.split)
     planted = None if args.planted is None else json.loads(Path(args.planted).read_text())
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)

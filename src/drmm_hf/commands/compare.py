@@ -58,16 +58,12 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
-    from ..data.coco import coco_paths, load_detection_dataset
-    from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.compare import compare
     from ..evaluation.predict import load_detector
-    from ..evaluation.report import load_results
+    from ..evaluation.report import load_results, load_split
 
     sources = {name: source if source.endswith(".json") else find_source(source) for name, source in named.items()}
-    paths = coco_paths(args.data, args.split)
-    dataset = load_detection_dataset(args.data, args.split, invalid="skip")
-    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    dataset, annotations = load_split(args.data, args.split)
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
