@@ -13,15 +13,17 @@ from drmm_hf.modeling.criteria import nll_mcm
 
 def test_every_prediction_of_every_stage_gets_a_gradient_from_both():
     losses = _losses(3, 2, 12, 5, 4, torch.device("cpu"))
-    for name, expected in (("drmm", 4), ("deformable_detr", 2)):
+    # Ours takes each stage's boxes, scales and two kinds of logits as its head gives them; theirs takes stacks.
+    for name, expected, shape in (("drmm", 3 * 4, (2, 12)), ("deformable_detr", 2, (3, 2, 12))):
         loss = losses[name]()
         assert loss.isfinite()
         leaves = {node for node in _leaves(loss.grad_fn)}
         assert len(leaves) == expected
         loss.backward()
         for leaf in leaves:
-            assert leaf.grad.shape[:3] == (3, 2, 12)
-            assert leaf.grad.isfinite().all() and (leaf.grad.flatten(1) != 0).any(1).all()
+            assert leaf.grad.shape[: len(shape)] == shape
+            by_stage = leaf.grad.flatten(1) if len(shape) == 3 else leaf.grad.flatten()[None]
+            assert leaf.grad.isfinite().all() and (by_stage != 0).any(1).all()
 
 
 def test_a_pass_does_not_add_to_the_gradients_of_the_one_before():

@@ -252,7 +252,7 @@ def test_order_of_the_objectives(num_components, seed, epsilon):
     assert (values["max_nll"]["nll"] <= values["bipartite_nll"]["nll"] + slack)[matched].all()
     assert (both["mcm"] <= values["nll_mcm_bipartite"]["mcm"] + slack)[matched].all()
     for criterion in ("nll", "nll_mcm_bipartite"):
-        assert torch.equal(values[criterion]["nll"], both["nll"])
+        torch.testing.assert_close(values[criterion]["nll"], both["nll"], rtol=1e-12, atol=1e-12)
     if epsilon == 0:
         torch.testing.assert_close(both["nll"] + both["mcm"], values["max_nll"]["nll"], rtol=1e-12, atol=1e-10)
 
@@ -885,7 +885,7 @@ def test_work_is_batched_over_images_and_ground_truths(criterion, monkeypatch):
     """The number of tensor operations depends on neither, save in the host's part of the matching."""
     monkeypatch.setattr(criteria, "match", lambda cost, valid: cost.argmin(-1).where(valid.any(-1), -1))
     config, counts = config_for(criterion), []
-    for truths in ((1,), (4, 9, 2, 7, 3)):
+    for truths in ((2,), (4, 9, 2, 7, 3)):
         _, targets = targets_of(*truths)
         stages = stages_for(criterion, len(truths))
         with CountOperations() as operations:

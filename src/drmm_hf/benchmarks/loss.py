@@ -119,18 +119,20 @@ def _losses(
     class_logits = leaf(logits + 6 * is_near * F.one_hot(classes, num_labels)[:, near])
     image_sizes = torch.tensor([PICTURE], device=device).expand(batch_size, -1)
     frame = torch.tensor([*PICTURE[::-1], *PICTURE[::-1]], device=device)
-    boxes_xyxy = leaf(cxcywh_to_xyxy(pred_boxes.detach()) * frame)
-    scales, objectness = leaf(1 + 30 * uniform(*shape, 4)), leaf(4 * uniform(*shape) - 2)
+    values = (cxcywh_to_xyxy(pred_boxes.detach()) * frame, 1 + 30 * uniform(*shape, 4), class_logits)
+    values = (*values, 4 * uniform(*shape) - 2)
+    predictions = [[leaf(value[stage]) for value in values] for stage in range(num_stages)]  # as heads give them
 
     config = DrmmConfig(num_labels=num_labels)
     criterion = CRITERIA[config.criterion]
     peer_config = DeformableDetrConfig(num_labels=num_labels, auxiliary_loss=True, decoder_layers=num_stages)
 
     def drmm() -> Tensor:
-        for values in (boxes_xyxy, scales, class_logits, objectness):
-            values.grad = None
-        columns = (boxes_xyxy, scales, class_logits, objectness, log_mixing_coefficients(objectness))
-        stages = [MixtureParameters(*stage) for stage in zip(*(values.unbind() for values in columns), strict=True)]
+        stages = []
+        for stage in predictions:
+            for value in stage:
+                value.grad = None
+            stages.append(MixtureParameters(*stage, log_mixing_coefficients(stage[-1])))
         check_labels(labels, num_labels)
         targets = pad_targets(labels, image_sizes, torch.float32)
         return reduce_terms(criterion(stages, targets, config), targets, config)[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .boxes import BoxPredictions, cxcywh_to_xyxy, frame_scale
+from .component_sums import ComponentSums, component_sums
 from .matching import match
 from .mixture import MixtureParameters, floor_scales, log_class_probability, log_coordinate_density, take_components
 
@@ -127,6 +128,9 @@ def stack_stages(stages: Sequence[MixtureParameters]) -> MixtureParameters:
     padded = []
     for stage in stages:
         missing = most - stage.log_mixing.shape[-1]
+        if not missing:
+            padded.append(stage)
+            continue
         filled = [F.pad(value, (0, 0, 0, missing)) for value in stage[:3]]
         padded.append((*filled, F.pad(stage[3], (0, missing)), F.pad(stage[4], (0, missing), value=-math.inf)))
     return MixtureParameters(*(torch.stack(values) for values in zip(*padded, strict=True)))
@@ -148,14 +152,10 @@ def log_likelihood_factors(mixture: MixtureParameters, targets: Targets, config)
     Source: Eq. 2-3; the scale floor, the class exponent and the scaling of pi by the number of ground truths are
     additions of the public code.
     """
-    log_mixing = mixture.log_mixing[..., None, :]
-    if config.scale_mixing_by_num_objects:
-        num_objects = targets.mask.sum(dim=-1).clamp(min=1)
-        log_mixing = log_mixing + num_objects.to(log_mixing.dtype).log()[:, None, None]
     scales = floor_scales(mixture.scales, mixture.boxes, config.min_scale_ratio)
     class_labels = targets.class_labels.expand(mixture.boxes.shape[0], -1, -1)
     return {
-        "pi": log_mixing,
+        "pi": _scaled_log_mixing(mixture, targets, config)[..., None, :],
         "F": log_coordinate_density(
             targets.boxes,
             mixture.boxes,
@@ -166,6 +166,14 @@ def log_likelihood_factors(mixture: MixtureParameters, targets: Targets, config)
         ),
         "P": log_class_probability(mixture.class_logits, class_labels, config.class_exponent),
     }
+
+
+def _scaled_log_mixing(mixture: MixtureParameters, targets: Targets, config) -> Tensor:
+    """Return log pi, times the number of ground truths where the config says so: `(S, B, K)`."""
+    if not config.scale_mixing_by_num_objects:
+        return mixture.log_mixing
+    num_objects = targets.mask.sum(dim=-1).clamp(min=1)
+    return mixture.log_mixing + num_objects.to(mixture.log_mixing.dtype).log()[:, None]
 
 
 def log_component_likelihood(factors: Mapping[str, Tensor], stop_gradient: Sequence[str] = ()) -> Tensor:
@@ -186,6 +194,40 @@ def log_component_likelihood(factors: Mapping[str, Tensor], stop_gradient: Seque
     return pi + density + probability
 
 
+def sum_components(
+    stages: Sequence[MixtureParameters], targets: Targets, config, stop_gradient: Sequence[str] = ()
+) -> ComponentSums:
+    """Sum pi_k F_k P_k over the components and take the largest, for every stage and ground truth.
+
+    Args:
+        stages (`Sequence[MixtureParameters]`): of S stages, each of shape `(B, K, ...)`.
+        targets (`Targets`): padded ground truths.
+        config (`DrmmConfig`): reads what `log_likelihood_factors` reads.
+        stop_gradient (`Sequence[str]`): factors that the MCM term passes no gradient, see `log_component_likelihood`.
+
+    Returns:
+        `ComponentSums`: in the unit of the factor F. Cauchy mixtures are summed by `component_sums`, others and
+        compiled graphs, which need no help, from the whole matrix.
+    """
+    mixture = stack_stages(stages)
+    if config.coordinate_distribution != "cauchy" or torch.compiler.is_compiling():
+        factors = log_likelihood_factors(mixture, targets, config)
+        log_p = log_component_likelihood(factors)
+        log_q = log_component_likelihood(factors, stop_gradient)
+        return ComponentSums(log_p.logsumexp(dim=-1), log_q.logsumexp(dim=-1), log_q.max(dim=-1).values)
+    return component_sums(
+        targets.boxes,
+        targets.class_labels,
+        mixture.boxes,
+        floor_scales(mixture.scales, mixture.boxes, config.min_scale_ratio),
+        _scaled_log_mixing(mixture, targets, config),
+        mixture.class_logits,
+        unit=config.likelihood_epsilon or 1.0,
+        class_exponent=config.class_exponent,
+        stop_gradient=stop_gradient,
+    )
+
+
 def negative_log_likelihood(log_likelihood: Tensor, epsilon: float) -> Tensor:
     """Return -log(sum_k pi_k F_k P_k + epsilon).
 
@@ -198,8 +240,12 @@ def negative_log_likelihood(log_likelihood: Tensor, epsilon: float) -> Tensor:
 
     Source: Eq. 4-5; `epsilon` is an addition of the public code.
     """
-    total = log_likelihood.logsumexp(dim=-1)
-    return -_log_add_one(total) - math.log(epsilon) if epsilon > 0 else -total
+    return _saturated(log_likelihood.logsumexp(dim=-1), epsilon)
+
+
+def _saturated(log_sum: Tensor, epsilon: float) -> Tensor:
+    """Return -log(sum + epsilon) of log(sum / epsilon), or of log(sum) if epsilon is 0."""
+    return -_log_add_one(log_sum) - math.log(epsilon) if epsilon > 0 else -log_sum
 
 
 def maximum_component_maximization(log_likelihood: Tensor, epsilon: float, chosen: Tensor | None = None) -> Tensor:
@@ -220,9 +266,14 @@ def maximum_component_maximization(log_likelihood: Tensor, epsilon: float, chose
         largest = log_likelihood.max(dim=-1).values
     else:
         largest = take_components(log_likelihood, chosen[..., None]).squeeze(-1)
+    return _surplus(total, largest, epsilon)
+
+
+def _surplus(log_sum: Tensor, log_largest: Tensor, epsilon: float) -> Tensor:
+    """Return -log(largest / (sum + epsilon) + epsilon) of both logarithms, in units of `epsilon` unless that is 0."""
     if epsilon == 0:
-        return total - largest
-    log_share = largest - _log_add_one(total)
+        return log_sum - log_largest
+    log_share = log_largest - _log_add_one(log_sum)
     return -torch.logaddexp(log_share, log_share.new_full((), math.log(epsilon)))
 
 
@@ -244,8 +295,8 @@ def nll(stages: Sequence[MixtureParameters], targets: Targets, config) -> dict[s
 
     Source: Eq. 4-5; Table 2, third row.
     """
-    log_p = log_component_likelihood(log_likelihood_factors(stack_stages(stages), targets, config))
-    return {"nll": torch.where(targets.mask, negative_log_likelihood(log_p, config.likelihood_epsilon), 0.0)}
+    sums = sum_components(stages, targets, config)
+    return {"nll": torch.where(targets.mask, _saturated(sums.log_sum, config.likelihood_epsilon), 0.0)}
 
 
 def max_nll(stages: Sequence[MixtureParameters], targets: Targets, config) -> dict[str, Tensor]:
@@ -262,9 +313,8 @@ def max_nll(stages: Sequence[MixtureParameters], targets: Targets, config) -> di
 
     Source: Table 3, row IV.
     """
-    log_p = log_component_likelihood(log_likelihood_factors(stack_stages(stages), targets, config))
-    largest = log_p.max(dim=-1, keepdim=True).values
-    return {"nll": torch.where(targets.mask, negative_log_likelihood(largest, config.likelihood_epsilon), 0.0)}
+    sums = sum_components(stages, targets, config)
+    return {"nll": torch.where(targets.mask, _saturated(sums.log_largest, config.likelihood_epsilon), 0.0)}
 
 
 def nll_mcm(stages: Sequence[MixtureParameters], targets: Targets, config) -> dict[str, Tensor]:
@@ -280,12 +330,10 @@ def nll_mcm(stages: Sequence[MixtureParameters], targets: Targets, config) -> di
 
     Source: Eq. 4-8, Sec. 3.3, Table 7.
     """
-    factors = log_likelihood_factors(stack_stages(stages), targets, config)
-    log_p = log_component_likelihood(factors)
-    log_q = log_component_likelihood(factors, config.mcm_stop_gradient)
+    sums = sum_components(stages, targets, config, config.mcm_stop_gradient)
     terms = {
-        "nll": negative_log_likelihood(log_p, config.likelihood_epsilon),
-        "mcm": maximum_component_maximization(log_q, config.likelihood_epsilon),
+        "nll": _saturated(sums.log_sum, config.likelihood_epsilon),
+        "mcm": _surplus(sums.log_share_sum, sums.log_largest, config.likelihood_epsilon),
     }
     return {name: torch.where(targets.mask, term, 0.0) for name, term in terms.items()}
 
