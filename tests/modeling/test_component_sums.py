@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from tests.conftest import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import tiny_config
 from drmm_hf.modeling import component_sums as module
 from drmm_hf.modeling.component_sums import component_sums
 from drmm_hf.modeling.criteria import nll_mcm, pad_targets
