@@ -122,9 +122,9 @@ class AdaptiveMixing(nn.Module):
         weights = self.generator(features).unflatten(-1, (self.groups, -1))
         over_channels, over_points = weights.split([self.channels**2, self.points_in * self.points_out], dim=-1)
         x = samples.to(weights.dtype) @ over_channels.unflatten(-1, (self.channels, self.channels))
-        x = F.relu(F.layer_norm(x, x.shape[-2:]))
+        x = F.relu(F.layer_norm(x, x.shape[-2:]), inplace=True)
         x = over_points.unflatten(-1, (self.points_out, self.points_in)).to(x.dtype) @ x
-        x = F.relu(F.layer_norm(x, x.shape[-2:]))
+        x = F.relu(F.layer_norm(x, x.shape[-2:]), inplace=True)
         return self.projection(x.flatten(2))
 
 
