@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from drmm_hf.data.coco import categories
+
+from .files import read_json
 
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
     Raises:
         ValueError: If one of the three is missing.
     """
-    content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
-    missing = {"images", "annotations", "categories"} - set(content)
+    content = source if isinstance(source, Mapping) else read_json(source)
+    missing = {"images", "annotations", "categories"} - set(content if isinstance(content, Mapping) else ())
     if missing:
         name = "annotations" if isinstance(source, Mapping) else str(source)
         raise ValueError(f"{name} has no {', '.join(sorted(missing))}; a COCO file has all three.")
