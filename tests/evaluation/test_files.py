@@ -2,12 +2,13 @@
 
 import fcntl
 import os
+import resource
 import signal
 
 import pytest
 from accelerate import Accelerator
 
-from drmm_hf.evaluation.files import run_lock
+from drmm_hf.evaluation.files import read_json, run_lock, write_json, write_text
 
 
 def test_another_run_is_kept_out_until_its_process_is_gone(tmp_path):
@@ -47,3 +48,32 @@ def test_where_there_are_no_locks_runs_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with run_lock(Accelerator(cpu=True), tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "report.json"
+    write_json({"AP": 0.5}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_json({"AP": 0.25}, path)
+        with pytest.raises(OSError):
+            write_text(tmp_path / "new.json", "{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"] and read_json(path) == {"AP": 0.5}
+
+
+@pytest.mark.parametrize("text", ['[{"image_id": 1', "[" * 100_000, b"\xff\xfe"], ids=["cut", "deep", "bytes"])
+def test_what_is_no_json_is_named(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="results.json is not valid json: "):
+        read_json(path)
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="wrong"), run_lock(None, tmp_path / "run"):
+        raise ValueError("wrong")
+    assert not (tmp_path / "run").exists()

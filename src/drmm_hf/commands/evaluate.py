@@ -223,6 +223,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     from ..evaluation.likelihood import check_density
     from ..evaluation.output_folder import holds_figures, write_figures
     from ..evaluation.predict import load_detector
+    from ..evaluation.recalibration import check_calibrators
     from ..evaluation.report import (
         analyse,
         examples,
@@ -240,6 +241,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         dataset, annotations = load_split(args.data, args.split, **places, needs_pictures=args.model is not None)
     output = Path(args.output)
     other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
+    if calibrators is not None:
+        check_calibrators(calibrators, annotations)
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
     about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
 
