@@ -224,14 +224,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     from ..evaluation.output_folder import holds_figures, write_figures
     from ..evaluation.predict import load_detector
     from ..evaluation.recalibration import check_calibrators
-    from ..evaluation.report import (
-        analyse,
-        examples,
-        load_results,
-        load_split,
-        measure_likelihood,
-        read_picture,
-    )
+    from ..evaluation.report import analyse, examples, load_results, load_split, measure_likelihood, read_picture
     from ..evaluation.tables import TABLES, calibration_note, comparison_table
     from ..modeling.mixture import tail_freedom
     from ..visualization.evaluation_pictures import draw_detections, draw_report
@@ -241,8 +234,6 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         dataset, annotations = load_split(args.data, args.split, **places, needs_pictures=args.model is not None)
     output = Path(args.output)
     other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
-    if calibrators is not None:
-        check_calibrators(calibrators, annotations)
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
     about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
 
@@ -253,10 +244,12 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         if args.coverage and any(len(one["scores"]) and "box_scales" not in one for one in found):
             raise ValueError(f"--coverage needs box_scales; {args.detections} does not have them of every detection.")
         metrics, entries = figures(detections, annotations, mapping, **options)
+        file, written_to = Path(args.detections), output / "detections.json"
+        if file.resolve() == written_to.resolve() and file.read_text() != json.dumps(entries):
+            raise ValueError(f"{args.detections} would be replaced by what remains of it; name another --output.")
         if not holds_figures(output, metrics, entries):  # otherwise the files there know more of their origin
-            if Path(args.detections).resolve() == (output / "detections.json").resolve():
-                raise ValueError(f"{args.detections} would be replaced by what remains of it; name another --output.")
             write_figures(metrics, entries, output)
+        if not (output / "evaluation.json").is_file():
             write_json(about, output / "evaluation.json")
     else:
         model, processor = load_detector(source, args.device if processes is None else processes.device)
@@ -267,6 +260,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
             raise ValueError(
                 "the model's processor calibrates already; --calibrators are for predictions as they are."
             )
+        if calibrators is not None:
+            check_calibrators(calibrators, annotations)
         if hasattr(model.config, "coordinate_distribution"):
             freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
         if args.assignments:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -27,6 +26,7 @@ _OPTIONAL = {
 _SHAPES = {"boxes": (4,), "scores": (), "labels": (), **{name: shape for name, (shape, _) in _OPTIONAL.items()}}
 _INTEGERS = ("labels", "query_indices")
 _LARGEST = float(np.finfo(np.float32).max)
+_NUMBERS = (float, int, np.floating, np.integer)
 
 
 class Detections:
@@ -330,7 +330,7 @@ class Detections:
 
 def _is_number(value: Any) -> bool:
     """Tell whether json has a number here that float32 can hold."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, _NUMBERS) and value is not True and value is not False and -_LARGEST <= value <= _LARGEST
 
 
 def _is_whole(value: Any) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from .files import read_json, write_json, write_text
+from .files import read_json, write_json
 
 
 # What an evaluation may write beside its figures: reports, then their pictures.
@@ -57,11 +59,14 @@ def write_figures(metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not holds_figures(output_dir, metrics, entries):
-        stale = [name for name in REPORTS if (output_dir / name).is_file()]
-        for name in stale:
-            (output_dir / name).unlink()
-        if stale:
-            print(f"{output_dir} held another evaluation, whose reports are removed: {', '.join(stale)}", flush=True)
-    write_text(output_dir / "detections.json", json.dumps(entries, allow_nan=False))
-    write_json(metrics, output_dir / "metrics.json")
+    with TemporaryDirectory(dir=output_dir) as aside:
+        (Path(aside) / "detections.json").write_text(json.dumps(entries, allow_nan=False))
+        write_json(metrics, Path(aside) / "metrics.json")
+        if not holds_figures(output_dir, metrics, entries):  # a full disk would have been noticed by now
+            stale = [name for name in REPORTS if (output_dir / name).is_file()]
+            for name in (*stale, "metrics.json"):
+                (output_dir / name).unlink(missing_ok=True)
+            if stale:
+                print(f"{output_dir} held another evaluation; its reports are removed: {', '.join(stale)}", flush=True)
+        for name in ("detections.json", "metrics.json"):
+            os.replace(Path(aside) / name, output_dir / name)
