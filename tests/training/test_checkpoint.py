@@ -17,6 +17,7 @@ from torch import nn
 
 from conftest import tiny_config
 from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
+from drmm_hf.evaluation.files import write_text
 from drmm_hf.training import checkpoint
 from drmm_hf.training.checkpoint import (
     Progress,
@@ -26,7 +27,6 @@ from drmm_hf.training.checkpoint import (
     save_checkpoint,
     save_model,
     start_folder,
-    write_text,
 )
 
 

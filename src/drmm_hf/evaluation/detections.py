@@ -240,12 +240,15 @@ class Detections:
         Returns:
             `list[dict]`: Picture after picture, each by falling score.
         """
-        entries = []
+        entries, category_ids = [], np.array(label_map.category_ids)
         for image_id, result in self._images.items():
             boxes = _xywh(result["boxes"])
             kept = _has_size(boxes)
+            labels = result["labels"][kept]
+            for label in labels[(labels < 0) | (labels >= len(category_ids))].tolist():
+                label_map.category_id(label)  # which refuses it
             columns = {
-                "category_id": [label_map.category_id(label) for label in result["labels"][kept].tolist()],
+                "category_id": category_ids[labels].tolist(),
                 "bbox": boxes[kept].tolist(),
                 "score": _decimals(result["scores"][kept]),
             }
