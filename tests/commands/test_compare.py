@@ -45,3 +45,13 @@ def test_models_need_names_of_their_own():
         named_sources(["a=x", "a=y"])
     with pytest.raises(ValueError, match="at least two"):
         named_sources(["a=x"])
+
+
+@pytest.mark.parametrize(("option", "least"), [("--timed", 0), ("--drawn", 0), ("--top-k", 1), ("--batch-size", 1)])
+def test_counts_are_refused_before_anything_is_touched(tmp_path, capsys, option, least):
+    with pytest.raises(SystemExit):
+        main(["compare", "a", "b", "data", "--output", str(tmp_path / "out"), f"{option}={least - 1}"])
+    assert (
+        f"{option}: '{least - 1}' is given; the rule is a whole number of at least {least}" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()

@@ -340,3 +340,20 @@ def test_the_spread_is_the_standard_error(values):
     variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
     assert error == pytest.approx((variance / len(values)) ** 0.5, abs=1e-9)
     assert spread(values[:1]) == (values[0], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics", '{"AP": 0.5, "num_ima', "metrics.json is not valid json"),
+        ("metrics", json.dumps(metrics("high")), "AP of .*metrics.json is 'high'; the rule is a number"),
+        ("metrics", json.dumps({"AP": 0.5}), "metrics.json has no num_images"),
+        ("summary", '{"steps": "many"}', "steps of .*summary.json is 'many'; the rule is a number"),
+        ("duplicates", '{"nms": []}', "duplicates.json has no none, wta, best_iou_threshold"),
+    ],
+)
+def test_a_damaged_result_is_named(name, text, message, tmp_path):
+    folder = write_run(tmp_path / "run", metrics=metrics(0.5))
+    (folder / f"{name}.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        blocks_of(3, folder)

@@ -103,8 +103,8 @@ def save_fields(path: str | Path, fields: Mapping[str, Any]) -> None:
         path (`str` or `Path`): Its `preprocessor_config.json`, which is whole at any time.
         fields (`Mapping`): `calibration` and `score_threshold`; what is None is taken out.
     """
+    from ..evaluation.files import write_text
     from ..modeling.image_processing_drmm import DrmmImageProcessor
-    from ..training.checkpoint import write_text
 
     settings = json.loads(Path(path).read_text(encoding="utf-8")) | fields
     settings = {name: value for name, value in settings.items() if name not in fields or value is not None}

@@ -184,11 +184,11 @@ def measure_rest(table: Table, folder: Path) -> None:
     from ..data.labels import LabelMap
     from ..evaluation.deduplication import sweep
     from ..evaluation.detections import Detections
+    from ..evaluation.files import write_json
     from ..evaluation.likelihood import likelihoods, summarize
     from ..evaluation.predict import load_detector
     from ..training.arguments import load_recipe
     from ..training.build import load_split
-    from ..training.checkpoint import write_text
 
     kinds = {
         "duplicates": any(row.evaluation for row in table.rows),
@@ -213,7 +213,7 @@ def measure_rest(table: Table, folder: Path) -> None:
 
             model, _ = load_detector(str(folder / "best"))
             content = model_cost(model, 800, 1280)
-        write_text(folder / f"{name}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_json(content, folder / f"{name}.json")
 
 
 def lines_of(table: Table, blocks: Sequence[Block], form: Any) -> Iterator[str]:

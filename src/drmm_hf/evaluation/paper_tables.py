@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from .files import read_json
+
 
 # Fields of the recipes' methods, with which a run must agree on any data.
 _METHODS = {
@@ -72,6 +74,7 @@ _COLUMNS = {
     "memory (GB)": ("cost", "training_memory", 1e-9, 0),
     "FLOPs (G)": ("cost", "layer_operations", 1e-9, 1),
 }
+_COUNTS = ("num_images", "num_ground_truths", "num_crowds")
 _RATIOS = {f"{name} ratio": name for name in ("NLL", "exp(-MCM)")}
 
 
@@ -311,6 +314,13 @@ def find_results(
     return list(found.values()), strangers
 
 
+# Keys of a file that must be there, and those that hold numbers.
+_NEEDED = {"metrics": ("num_images",), "duplicates": ("none", "nms", "wta", "best_iou_threshold")}
+_NUMBERS = {
+    "metrics": (*(key for file, key, *_ in _COLUMNS.values() if file == "metrics"), *_COUNTS),
+    "cost": tuple(key for file, key, *_ in _COLUMNS.values() if file == "cost"),
+    "summary": ("steps", "training_seconds", "num_training_images"),
+}
 _FILES = ("metrics", "duplicates", "likelihood", "cost", "summary", "calibration", "assignments")
 
 
@@ -332,9 +342,17 @@ def _data_name(source: str) -> str:
 
 
 def _read(path: Path) -> dict:
-    """Return what a json file holds; nothing if there is none."""
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    """Return what a json file holds; nothing if there is none. Refuse texts in the place of figures."""
+    content = read_json(path) if path.is_file() else {}
+    content = content if isinstance(content, dict) else {}
+    for name in _NUMBERS.get(path.stem, ()):
+        value = content.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name} of {path} is {value!r}; the rule is a number.")
+    lacking = [name for name in _NEEDED.get(path.stem, ()) if content and name not in content]
+    if lacking:
+        raise ValueError(f"{path} has no {', '.join(lacking)}; the rule is a file as `drmm evaluate` writes it.")
+    return content
 
 
 def measured_blocks(table: Table, results: Sequence[Result]) -> list[Block]:

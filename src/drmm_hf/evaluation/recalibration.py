@@ -176,6 +176,23 @@ def fit_calibrators(
     return fitted | {"fitted_on": {"num_images": len(annotations["images"]), "pictures": _fingerprint(annotations)}}
 
 
+def check_calibrators(fitted: Any, annotations: Mapping[str, Any]) -> None:
+    """Refuse what `apply_calibrators` cannot test on a split.
+
+    Args:
+        fitted (`Any`): Content of a file.
+        annotations (`Mapping`): The content of a COCO file.
+
+    Raises:
+        ValueError: If `fitted` is not from `fit_calibrators`, or from there with the same pictures.
+    """
+    missing = {*CALIBRATORS, "fitted_on"} - {*(fitted if isinstance(fitted, Mapping) else ())}
+    if missing:
+        raise ValueError(f"the file of calibrators has no {', '.join(sorted(missing))}; --calibration writes one.")
+    if same_pictures(fitted, annotations):
+        raise ValueError("the calibrators were fitted on these very pictures; the rule is to test on another split.")
+
+
 def apply_calibrators(
     fitted: Mapping[str, Any],
     annotations: str | Path | Mapping[str, Any],
@@ -198,11 +215,7 @@ def apply_calibrators(
         ValueError: If the maps were fitted on the same pictures, or `fitted` is something else.
     """
     annotations = load_annotations(annotations)
-    missing = {*CALIBRATORS, "fitted_on"} - set(fitted)
-    if missing:
-        raise ValueError(f"the file of calibrators has no {', '.join(sorted(missing))}; --calibration writes one.")
-    if same_pictures(fitted, annotations):
-        raise ValueError("the calibrators were fitted on these very pictures; the rule is to test on another split.")
+    check_calibrators(fitted, annotations)
     scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
     maps = {"none": np.asarray} | {method: Calibrator.from_dict(fitted[method]) for method in CALIBRATORS}
     tested = {}
