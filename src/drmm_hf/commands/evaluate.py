@@ -214,6 +214,8 @@ def run(args: argparse.Namespace) -> int:
         if name == "metrics" and calibration:
             print(f"\n{calibration_note(calibration, annotations)}")
         written += [f"{name}.json", *draw_report(name, report, output, picture)]
+        if name == "calibration" and args.calibration and not calibration:
+            written.append("calibrators.json")
     if other:
         print(f"\n{comparison_table(losses, other)}")
     if args.assignments:
