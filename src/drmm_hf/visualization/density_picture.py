@@ -134,9 +134,10 @@ def density_picture(image: Image, mixture: Mixture, path: str | Path, freedom: f
     from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
     step = max(1.0, max(image.size) / _LONG_EDGE)
-    x, y = ((np.arange(round(side / step)) + 0.5) * side / round(side / step) for side in image.size)
+    counts = [max(1, round(side / step)) for side in image.size]
+    x, y = ((np.arange(count) + 0.5) * side / count for side, count in zip(image.size, counts, strict=True))
     extent = (0, image.width, image.height, 0)
-    figure = _figure(11.6, 4.7 * image.height / image.width + 0.4)
+    figure = _figure(11.6, np.clip(4.7 * image.height / image.width + 0.4, 2, 12))
     panels = (
         # How many decades below the peak are drawn: further down, the tails of Cauchy cover everything.
         ("Centre of a box", centre_density(mixture, x, y, freedom), 3, "density (1 / pixel²)"),
