@@ -97,7 +97,7 @@ def test_the_picture_is_bright_where_the_density_is(tmp_path):
     assert (image.getpixel((30, 30))) == (255, 255, 255)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
 @pytest.mark.parametrize("size", [(4000, 2), (2, 4000), (1, 1)])
 def test_pictures_of_any_shape_are_drawn(size, tmp_path):
     box = np.array([[0.0, 0.0, *size]])
