@@ -140,7 +140,10 @@ def test_the_share_of_scales_at_the_floor_is_found():
     report = coverage_report(truth, detections)
     assert 0.05 < share < 1 and report["share_at_smallest"] == pytest.approx(share, abs=0.01)
     assert report["smallest_scale_ratio"] == pytest.approx(0.005, rel=1e-4)
-    assert f"{100 * report['share_at_smallest']:.1f} % of their scales are at the floor (min_scale_ratio), 0.005 of" in coverage_table(report)
+    assert (
+        f"{100 * report['share_at_smallest']:.1f} % of their scales are at the floor (min_scale_ratio), 0.005 of"
+        in coverage_table(report)
+    )
 
 
 def test_what_cannot_be_measured_is_said_in_words():

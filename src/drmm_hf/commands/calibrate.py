@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+
 _FEW_OBJECTS = 100  # fewer say little about others
 
 
