@@ -245,8 +245,8 @@ def test_what_is_shown_and_what_is_not_is_said(tmp_path, capsys):
     """An overfit run, one without recipe, a second evaluation and another split lie beside the right ones."""
     for index, (name, model) in enumerate((("a_overfit", {}), ("b", {}))):
         make_run(tmp_path / name, model, 1, index)
-    data = DATA | {"overfit": 2}
-    make_recipe({"model": {}, "data": data, "training": {"epochs": 1}}, {}).save(
+    recipe = {"model": {}, "data": DATA | {"overfit": 2}, "training": {"epochs": 1}}
+    make_recipe(recipe, {}).save(
         tmp_path / "a_overfit" / "recipe.yaml"
     )
     (tmp_path / "a_overfit" / "duplicates.json").unlink()
