@@ -246,9 +246,7 @@ def test_what_is_shown_and_what_is_not_is_said(tmp_path, capsys):
     for index, (name, model) in enumerate((("a_overfit", {}), ("b", {}))):
         make_run(tmp_path / name, model, 1, index)
     recipe = {"model": {}, "data": DATA | {"overfit": 2}, "training": {"epochs": 1}}
-    make_recipe(recipe, {}).save(
-        tmp_path / "a_overfit" / "recipe.yaml"
-    )
+    make_recipe(recipe, {}).save(tmp_path / "a_overfit" / "recipe.yaml")
     (tmp_path / "a_overfit" / "duplicates.json").unlink()
     (tmp_path / "stranger").mkdir()
     for place, split in (("again", "val"), ("other", "test")):
