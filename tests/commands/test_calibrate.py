@@ -143,3 +143,13 @@ def test_other_detectors_and_other_places_are_refused(model_folder, coco_folder,
     if "detr" in model_folder.name:
         assert main(["calibrate", str(model_folder), str(coco_folder)]) == 2
         assert "model is a 'detr', whose processor takes no calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", [{"score_threshold": [0.5]}, {"calibration": []}, {"image_std": [0, 1, 1]}])
+def test_a_spoilt_processor_is_refused_when_it_is_loaded(folder, coco_folder, tmp_path, capsys, entry):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    picture = str(coco_folder / "val" / "0.png")
+    assert main(["predict", str(folder), picture, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert next(iter(entry)) in said and said.startswith("drmm predict: ") and said.count("\n") == 1
