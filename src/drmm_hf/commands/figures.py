@@ -90,7 +90,8 @@ def left_out(results: Sequence[Result], strangers: Sequence[Path], used: Sequenc
             lines.append(f"left out, not needed ({_about(result)}): {_place(result)}")
         for old, new in result.superseded.items():
             lines.append(f"left out, older than {new}, of the same model and split: {old}")
-    lines += [f"left out, no recipe.yaml of its run: {place}" for place in strangers if place not in used]
+    reason = "no recipe.yaml of its run (only Figure 2 takes such, of its data and split)"
+    lines += [f"left out, {reason}: {place}" for place in strangers if place not in used]
     return lines
 
 

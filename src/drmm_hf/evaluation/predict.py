@@ -56,8 +56,8 @@ def load_detector(name: str, device: str | torch.device | None = None) -> tuple[
     thresholds = getattr(processor, "score_threshold", None)
     if isinstance(thresholds, list) and len(thresholds) != model.config.num_labels:
         raise ValueError(
-            f"model is {name!r}, whose preprocessor_config.json has a score_threshold of {len(thresholds)} entries; the "
-            f"rule is one for each of its {model.config.num_labels} classes."
+            f"model is {name!r}, whose preprocessor_config.json has a score_threshold of {len(thresholds)} entries; "
+            f"the rule is one for each of its {model.config.num_labels} classes."
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
