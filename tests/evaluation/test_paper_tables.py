@@ -1,6 +1,7 @@
 """The published tables are the paper's and name recipes that exist; results find their rows and no others."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -294,6 +295,24 @@ def test_an_evaluation_elsewhere_finds_the_run_of_its_model(tmp_path):
     assert not results and strangers == [place.resolve()]
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_results([tmp_path / "none"], resolved_recipe)
+
+
+def test_the_newest_of_several_evaluations_stands(tmp_path):
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5), duplicates={})
+    for name, age in (("before", 50), ("later", 200), ("middle", 100)):
+        place = tmp_path / name
+        place.mkdir()
+        about = {"model": str(run / "best"), "data": "bccd", "split": "val"}
+        (place / "evaluation.json").write_text(json.dumps(about))
+        (place / "metrics.json").write_text(json.dumps(metrics(age / 1000)))
+        os.utime(place / "metrics.json", (age, age))
+    os.utime(run / "metrics.json", (150, 150))
+    ((result,), strangers) = find_results([tmp_path], resolved_recipe)
+    assert result.files["metrics"]["AP"] == 0.2 and result.places["metrics"] == (tmp_path / "later").resolve()
+    assert result.superseded.keys() == {one.resolve() for one in (run, tmp_path / "before", tmp_path / "middle")}
+    (run / "recipe.yaml").write_text("model: {hidden: 3}")
+    with pytest.raises(ValueError, match=r"a/recipe.yaml: .*hidden"):
+        find_results([tmp_path], resolved_recipe)
 
 
 def test_likelihoods_by_stage_and_their_ratios(tmp_path):

@@ -46,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
+    if args.worst < 0:
+        raise ValueError(f"worst is {args.worst}; the rule is at least 0.")
+
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
@@ -53,12 +56,13 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.audit import audit
     from ..evaluation.evaluate import category_of_label
     from ..evaluation.likelihood import check_density, gather_evidence
+    from ..evaluation.planted_errors import read_planted
     from ..evaluation.predict import load_detector, predict
     from ..evaluation.report import load_split
 
     source = find_source(args.model)
     dataset, annotations = load_split(args.data, args.split)
-    planted = None if args.planted is None else json.loads(Path(args.planted).read_text())
+    planted = None if args.planted is None else read_planted(args.planted, annotations)
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none

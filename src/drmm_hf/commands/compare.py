@@ -68,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
         `int`: 0.
     """
     named = named_sources(args.models)
+    for name in ("timed", "drawn"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} is {getattr(args, name)}; the rule is at least 0.")
 
     from transformers.utils import logging
 
@@ -139,7 +142,9 @@ def comparison(result: Mapping[str, Any]) -> str:
         "",
         "AP and ECE in per cent; NLL in pixels of the picture; ms a picture, one at a time; speed beside the first",
         "",
-        "error (LRP) of the pictures where they differ most, each model at the score of its best F1",
+        "error (LRP) of the pictures where they differ most, each model at the score of its best F1"
+        if result["pictures"]
+        else "each model at the score of its best F1, there is no picture in which their errors (LRP) differ",
     ]
     for picture in result["pictures"][:_LISTED]:
         errors = "  ".join(f"{name} {100 * error['lrp']:.0f} %" for name, error in picture["errors"].items())

@@ -307,6 +307,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         if name == "metrics" and calibration:
             print(f"\n{calibration_note(calibration, annotations)}")
         written += draw_report(name, report, output, picture)
+        if name == "calibration" and args.calibration and not calibration and "not_fitted" not in report:
+            written.append("calibrators.json")
     if other:
         print(f"\n{comparison_table(losses, other)}")
     if args.assignments:

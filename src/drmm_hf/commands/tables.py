@@ -80,6 +80,13 @@ def run(args: argparse.Namespace) -> int:
     for place in strangers:
         print(f"left out, no recipe.yaml of its run: {place}", file=sys.stderr)
     blocks = measured_blocks(table, results)
+    shown = [result for block in blocks for row in block.rows for result in row.results]
+    for result in results:
+        if result not in shown:
+            about = f"{result.data} {result.split}"
+            print(f"left out, no row of table {args.number} is of it ({about}): {result.run}", file=sys.stderr)
+        for old, new in result.superseded.items():
+            print(f"left out, older than {new}, of the same model and split: {old}", file=sys.stderr)
     if args.json:
         print(json.dumps(as_json(table, blocks), indent=2))
     else:

@@ -17,7 +17,7 @@ from drmm_hf.data.loading import load_image
 
 from .coco_metrics import load_annotations
 from .detections import Detections
-from .evaluate import evaluate, measure
+from .evaluate import category_of_label, evaluate, measure
 from .files import read_json, write_json
 from .likelihood import has_density, likelihoods
 from .matches import match
@@ -62,9 +62,15 @@ def compare(
         own threshold.
 
     Raises:
-        ValueError: What `evaluate` and `measure` raise.
+        ValueError: What `evaluate` and `measure` raise; before the work if a model has other classes.
     """
     annotations, output_dir = load_annotations(annotations), Path(output_dir)
+    for name, detector in detectors.items():
+        if not isinstance(detector, Detections):
+            try:
+                category_of_label(detector[0].config, annotations["categories"])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     mapping = dict(enumerate(LabelMap.from_categories(annotations["categories"]).category_ids))
     models, errors = {}, {}
     for number, (name, detector) in enumerate(detectors.items(), start=1):
