@@ -112,5 +112,6 @@ def test_what_is_no_record_of_planted_errors_is_refused(model_folder, coco_folde
 
 
 def test_a_negative_number_of_crops_is_refused(coco_folder, tmp_path, capsys):
-    assert main(["audit", str(coco_folder), str(tmp_path), "--worst", "-3"]) == 2
-    assert "worst is -3; the rule is at least 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["audit", str(coco_folder), str(tmp_path), "--worst", "-3"])
+    assert "--worst: '-3' is given; the rule is a whole number of at least 0" in capsys.readouterr().err

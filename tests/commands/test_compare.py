@@ -41,12 +41,6 @@ def test_models_that_agree_are_not_drawn(coco_folder, tmp_path, capsys):
     assert "differences.jpg" not in said and "there is no picture in which their errors (LRP) differ" in said
 
 
-@pytest.mark.parametrize("option", ["timed", "drawn"])
-def test_negative_numbers_are_refused(option, coco_folder, capsys):
-    assert main(["compare", "a.json", "b.json", str(coco_folder), f"--{option}", "-1"]) == 2
-    assert f"{option} is -1; the rule is at least 0" in capsys.readouterr().err
-
-
 def test_a_model_of_other_classes_is_named_before_the_work(drmm_folder, coco_folder, tmp_path, capsys):
     other, output = shutil.copytree(drmm_folder, tmp_path / "other"), tmp_path / "out"
     config = json.loads((other / "config.json").read_text())

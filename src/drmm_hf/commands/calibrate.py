@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .counts import at_least
+
 
 _FEW_OBJECTS = 100  # fewer say little about others
 
@@ -36,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotations", metavar="FILE", help="COCO json file, if not annotations/instances_SPLIT.json"
     )
     parser.add_argument("--images", metavar="DIR", help="image folder, if not one of the usual places")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=1, metavar="N", help="pictures a batch; changes no figure"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 

@@ -153,18 +153,10 @@ def thresholds(asked: float | None, saved: float | list[float] | None, num_class
 
     Returns:
         `np.ndarray` of shape `(num_classes,)`: In float32, as scores are; 0.5 where nothing is asked for or saved.
-
-    Raises:
-        ValueError: If a list is saved that has another length than there are classes.
     """
     import numpy as np
 
     chosen = next(one for one in (asked, saved, 0.5) if one is not None)
-    if isinstance(chosen, list) and len(chosen) != num_classes:
-        raise ValueError(
-            f"score_threshold of preprocessor_config.json has {len(chosen)} entries; the rule is one for each of the "
-            f"{num_classes} classes."
-        )
     return np.broadcast_to(np.asarray(chosen, dtype=np.float32), (num_classes,))
 
 
