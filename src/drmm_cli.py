@@ -7,8 +7,10 @@ not wait for that.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
@@ -52,7 +54,46 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: 0, 2 if an argument, a file or a value is wrong (said in one line on stderr), or 130 if interrupted.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    with _Unread(sys.stdout) as out, _Unread(sys.stderr) as err, redirect_stdout(out), redirect_stderr(err):
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+class _Unread:
+    """A stream that stays quiet when its reader has left, as in `drmm ... | head`: the work goes on to its end."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.flush()
+
+    def write(self, text):
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._give_up()
+            return len(text)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._give_up()
+
+    def _give_up(self):
+        """Let what is buffered, and all that follows, go nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="drmm", description="End-to-end object detection with D-RMM.")
     parser.add_argument("--version", action="version", version=f"drmm-hf {_version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

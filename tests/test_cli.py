@@ -113,3 +113,27 @@ def test_interruptions_and_diverged_losses_are_said_in_one_line(stub, capsys, er
     stub.run = run
     assert cli.main(["predict", "x"]) == code
     assert capsys.readouterr().err.startswith("drmm predict: ")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_work_is_done_when_nobody_reads_to_the_end(stream, tmp_path):
+    program = (
+        "import sys, types, drmm_cli\n"
+        "def run(args):\n"
+        f"    for number in range(50000): print('line', number, file=sys.{stream})\n"
+        "    open(args.path, 'w').write('done')\n"
+        f"    print('last', file=sys.{stream}, flush=True)\n"
+        "    return 0\n"
+        "add = lambda parser: parser.add_argument('path')\n"
+        "drmm_cli.import_module = lambda name: types.SimpleNamespace(add_arguments=add, run=run)\n"
+        f"sys.exit(drmm_cli.main(['predict', {str(tmp_path / 'file')!r}]))\n"
+    )
+    streams = {name: subprocess.PIPE for name in ("stdout", "stderr")}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(cli.__file__).parent, **streams)
+    reader = getattr(process, stream)
+    assert reader.readline().split() == [b"line", b"0"]
+    reader.close()
+    other = process.stderr if stream == "stdout" else process.stdout
+    assert other.read() == b"" and process.wait() == 0
+    assert (tmp_path / "file").read_text() == "done"
+    other.close()

@@ -87,3 +87,31 @@ def test_a_model_without_a_density_is_refused(coco_folder, tmp_path, capsys):
     model_folder = save_model(tmp_path / "box", head_type="box", criterion="focal_l1_giou")
     assert main(["audit", str(coco_folder), str(model_folder), "--split", "val", "--output", str(tmp_path)]) == 2
     assert "head_type 'box', which predicts boxes and scores but no density" in capsys.readouterr().err
+
+
+ENTRY = {"kind": "moved", "annotation_id": 1, "image_id": 10, "category_id": 3, "bbox": [1.0, 2.0, 3.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "are no json"),
+        ("[]", "are an empty list; the rule is a list of errors with kind"),
+        ('{"a": 1}', "are a dict; the rule is"),
+        (json.dumps([ENTRY, {"image_id": 10}]), "hold {'image_id': 10}; the rule is"),
+        (json.dumps([ENTRY | {"kind": "lost"}]), "'kind': 'lost'"),
+        (json.dumps([ENTRY | {"image_id": 7}]), "are of other pictures: no picture has the id 7"),
+    ],
+)
+def test_what_is_no_record_of_planted_errors_is_refused(model_folder, coco_folder, tmp_path, capsys, content, message):
+    record = tmp_path / "planted.json"
+    record.write_text(content)
+    command = ["audit", str(coco_folder), str(model_folder), "--split", "val", "--output", str(tmp_path / "out")]
+    assert main([*command, "--planted", str(record)]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_negative_number_of_crops_is_refused(coco_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["audit", str(coco_folder), str(tmp_path), "--worst", "-3"])
+    assert "--worst: '-3' is given; the rule is a whole number of at least 0" in capsys.readouterr().err

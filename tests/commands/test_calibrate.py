@@ -72,10 +72,32 @@ def test_the_folder_predicts_what_was_fitted_and_a_second_time_replaces_the_firs
     assert json.loads((folder / "preprocessor_config.json").read_text()) == before
 
 
+def test_few_objects_are_warned_about_and_nothing_is_held_out_of_three_pictures(folder, coco, capsys):
+    assert main(["calibrate", str(folder), str(coco)]) == 0
+    said = capsys.readouterr()
+    count = len(json.loads((coco / "annotations" / "instances_val.json").read_text())["annotations"])
+    assert f"warning: fitted on {count} objects; fewer than 100 say little" in said.err
+    assert "too few pictures or right predictions to hold some out: temperature" in said.out
+
+
+@pytest.mark.parametrize("best", ["none", "temperature", "isotonic"])
+def test_the_default_is_what_is_best_on_held_out_pictures(folder, coco, capsys, monkeypatch, best):
+    errors = {name: {"ECE": 0.01, "squared_error": 0.04} for name in ("none", "temperature", "isotonic")}
+    errors[best] = {"ECE": 0.02, "squared_error": 0.03}
+    monkeypatch.setattr("drmm_hf.evaluation.recalibration.held_out_errors", lambda *_: errors)
+    assert main(["calibrate", str(folder), str(coco)]) == 0
+    fitted = json.loads((folder / "preprocessor_config.json").read_text())["calibration"].get("scores")
+    assert best == ("none" if fitted is None else fitted["method"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [*({"none": ["as", "predicted"]}.get(best, [best])), "2.00", "0.0300", "chosen"] in lines
+    assert sum("chosen" in line for line in lines) == 1
+
+
 def test_evaluate_says_what_it_measures(folder, coco, tmp_path, capsys):
     arguments = ["evaluate", str(folder), str(coco), "--output", str(tmp_path / "out"), "--calibration", "--coverage"]
     assert main(arguments) == 0
-    assert "measured as the processor" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measured as the processor" not in said and "calibrators.json" in said.splitlines()[-1]
     fitted = json.loads((tmp_path / "out" / "calibrators.json").read_text())
     report = json.loads((tmp_path / "out" / "coverage.json").read_text())
     assert fitted["scale_factor"] == report["best_scale_factor"]
@@ -87,6 +109,7 @@ def test_evaluate_says_what_it_measures(folder, coco, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"scores are calibrated (temperature {fitted['temperature']['temperature']:.3f})" in said
     assert f"box scales are multiplied by {fitted['scale_factor']:.3f}" in said and "these very pictures" in said
+    assert "calibrators.json" not in said
     assert not (tmp_path / "again" / "calibrators.json").exists()
     again = json.loads((tmp_path / "again" / "coverage.json").read_text())
     assert again["best_scale_factor"] == pytest.approx(1, rel=1e-4)
@@ -120,3 +143,13 @@ def test_other_detectors_and_other_places_are_refused(model_folder, coco_folder,
     if "detr" in model_folder.name:
         assert main(["calibrate", str(model_folder), str(coco_folder)]) == 2
         assert "model is a 'detr', whose processor takes no calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", [{"score_threshold": [0.5]}, {"calibration": []}, {"image_std": [0, 1, 1]}])
+def test_a_spoilt_processor_is_refused_when_it_is_loaded(folder, coco_folder, tmp_path, capsys, entry):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    picture = str(coco_folder / "val" / "0.png")
+    assert main(["predict", str(folder), picture, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert next(iter(entry)) in said and said.startswith("drmm predict: ") and said.count("\n") == 1

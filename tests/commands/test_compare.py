@@ -1,6 +1,7 @@
 """`drmm compare`, from the command line to its files."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -36,7 +37,19 @@ def test_models_that_agree_are_not_drawn(coco_folder, tmp_path, capsys):
     assert main(command) == 0
     assert json.loads((output / "compare.json").read_text())["pictures"] == []
     assert not (output / "differences.jpg").exists()
-    assert "differences.jpg" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "differences.jpg" not in said and "there is no picture in which their errors (LRP) differ" in said
+
+
+def test_a_model_of_other_classes_is_named_before_the_work(drmm_folder, coco_folder, tmp_path, capsys):
+    other, output = shutil.copytree(drmm_folder, tmp_path / "other"), tmp_path / "out"
+    config = json.loads((other / "config.json").read_text())
+    config |= {"id2label": {"0": "cat", "1": "dog"}, "label2id": {"cat": 0, "dog": 1}, "category_ids": None}
+    (other / "config.json").write_text(json.dumps(config))
+    command = ["compare", f"mine={drmm_folder}", f"theirs={other}", str(coco_folder), "--output", str(output)]
+    assert main(command) == 2
+    assert "theirs: the model has no class for 2 of the 2 categories" in capsys.readouterr().err
+    assert list(output.iterdir()) == []
 
 
 def test_models_need_names_of_their_own():
@@ -45,3 +58,13 @@ def test_models_need_names_of_their_own():
         named_sources(["a=x", "a=y"])
     with pytest.raises(ValueError, match="at least two"):
         named_sources(["a=x"])
+
+
+@pytest.mark.parametrize(("option", "least"), [("--timed", 0), ("--drawn", 0), ("--top-k", 1), ("--batch-size", 1)])
+def test_counts_are_refused_before_anything_is_touched(tmp_path, capsys, option, least):
+    with pytest.raises(SystemExit):
+        main(["compare", "a", "b", "data", "--output", str(tmp_path / "out"), f"{option}={least - 1}"])
+    assert (
+        f"{option}: '{least - 1}' is given; the rule is a whole number of at least {least}" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()

@@ -304,7 +304,8 @@ def test_a_submission_is_the_zip_that_the_server_takes(model_folder, coco_folder
     command = ["evaluate", str(model_folder), str(info), "--submission", "my method_1", "--output", str(output)]
     assert main(command) == 2 and "--submission needs a model, and --images" in capsys.readouterr().err
     assert main([*command, "--images", str(coco_folder / "val")]) == 0
-    (path,) = output.iterdir()
+    (path,) = output.glob("*.zip")
+    assert {file.name for file in output.iterdir()} == {path.name, "run.lock"}
     assert path.name == "detections_test-dev2017_my-method-1_results.zip" and path.name in capsys.readouterr().out
     with zipfile.ZipFile(path) as archive:
         entries = json.loads(archive.read("detections_test-dev2017_my-method-1_results.json"))
@@ -326,7 +327,7 @@ def test_one_file_of_detections_feeds_every_analysis(coco_folder, tmp_path, caps
     analyses = ["--thresholds", "--calibration", "--sweep", "--breakdown"]
     data = str(coco_folder / "annotations" / "instances_val.json")
     assert main(["evaluate", data, "--detections", str(results), *analyses, "--output", str(output)]) == 0
-    written = {path.name for path in output.iterdir()}
+    written = {path.name for path in output.iterdir()} - {"run.lock"}
     reports = {
         "evaluation",
         "metrics",
@@ -344,3 +345,150 @@ def test_one_file_of_detections_feeds_every_analysis(coco_folder, tmp_path, caps
     lines = [line.split() for line in said.splitlines()]
     assert ["16", "to", "32", "2", "50.00", "50.00", "50.00", "25.00", "25.00"] in lines
     assert Image.open(output / "breakdown.png").width > 1000
+
+
+RIGHT = {"image_id": 10, "category_id": 3, "bbox": [5.0, 8.0, 30.0, 25.0], "score": 0.75}
+WRONG = {"image_id": 20, "category_id": 8, "bbox": [50.0, 60.0, 5.0, 5.0], "score": 0.5}
+
+
+@pytest.fixture
+def results(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([RIGHT, WRONG]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("option", "least"), [("--top-k=0", 1), ("--top-k=-1", 1), ("--batch-size=-1", 1), ("--assignments=0", 1)]
+)
+def test_counts_are_refused_before_anything_is_touched(coco_folder, results, tmp_path, capsys, option, least):
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(coco_folder), "--detections", str(results), "--output", str(output), option])
+    name, _, value = option.partition("=")
+    assert f"{name}: '{value}' is given; the rule is a whole number of at least {least}" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_submission_takes_no_option_that_it_does_not_heed(coco_folder, tmp_path, capsys):
+    command = ["evaluate", "model", "info.json", "--images", str(coco_folder / "val"), "--submission", "mine"]
+    command += ["--output", str(tmp_path / "out")]
+    for options in (
+        ["--nms", "0"],
+        ["--top-k-ratio", "0.5"],
+        ["--losses"],
+        ["--split", "test"],
+        ["--assignments", "1"],
+    ):
+        assert main([*command, *options]) == 2
+        assert f"the rule is to leave out {options[0]}." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_submission_names_what_is_wrong_before_the_work(drmm_folder, coco_folder, tmp_path, capsys):
+    content = json.loads((coco_folder / "annotations" / "instances_val.json").read_text())
+    info, output = tmp_path / "image_info_test.json", tmp_path / "out"
+    del content["images"][1]["width"]
+    info.write_text(json.dumps(content))
+    command = ["evaluate", str(drmm_folder), str(info), "--images", str(coco_folder / "val"), "--output", str(output)]
+    assert main([*command, "--submission", "mine"]) == 2
+    assert f"width of image 1 of {info} is None; the rule is a whole number" in capsys.readouterr().err
+    assert main([*command, "--submission", "m" * 300]) == 2
+    assert "the rule is one that leaves the file's name within 240 bytes" in capsys.readouterr().err
+    info.write_text("[{")
+    assert main([*command, "--submission", "mine"]) == 2
+    assert f"{info} is not valid json" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "run.lock"}
+
+
+def test_a_folder_never_holds_reports_of_two_evaluations(drmm_folder, coco_folder, tmp_path, capsys):
+    """Reports add up while the detections are the same, with and without the model; then all of them go."""
+    output = tmp_path / "out"
+    command = ["evaluate", str(drmm_folder), str(coco_folder), "--output", str(output)]
+    rest = ["--thresholds", "--breakdown", "--coverage", "--calibration"]
+    assert main([*command, "--losses", "--sweep"]) == 0
+    first = contents(output)
+    again = ["evaluate", str(coco_folder), "--detections", str(output / "detections.json"), "--output", str(output)]
+    assert main([*again, *rest]) == 0
+    second = contents(output)
+    assert first.items() <= second.items() and {"thresholds.json", "coverage.json"} < second.keys() - first.keys()
+    assert "held another evaluation" not in capsys.readouterr().out
+
+    assert main([*command, "--top-k", "3"]) == 0
+    kept = {"metrics.json", "detections.json", "evaluation.json", "detections.jpg", "reliability.png"}
+    assert contents(output).keys() == kept
+    said = capsys.readouterr().out
+    assert all(name in said for name in second.keys() - kept) and f"{output} held another evaluation" in said
+
+
+def test_an_evaluation_that_fails_leaves_the_earlier_one(drmm_folder, coco_folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    assert main(["evaluate", str(drmm_folder), str(coco_folder), "--output", str(output), "--thresholds"]) == 0
+    before = contents(output)
+    other = tmp_path / "other"
+    shutil.copytree(coco_folder, other)
+    (other / "val" / "2.png").write_bytes((other / "val" / "2.png").read_bytes()[:2000])
+    assert main(["evaluate", str(drmm_folder), str(other), "--output", str(output)]) == 2
+    assert "2.png" in capsys.readouterr().err and contents(output) == before
+    assert json.loads(before["evaluation.json"])["data"] == str(coco_folder)
+
+
+def test_what_is_read_is_not_written_over(coco_folder, results, tmp_path, capsys):
+    output = tmp_path / "out"
+    first = ["evaluate", str(coco_folder), "--output", str(output), "--detections"]
+    assert main([*first, str(results), "--calibration"]) == 0
+    before = contents(output)
+    saved = str(output / "detections.json")
+    assert main([*first, saved, "--top-k", "1"]) == 0  # one of each picture: all there are
+    for arguments in (
+        [saved, "--wta", "0.5"],
+        [str(results), "--calibrators", str(output / "calibrators.json")],
+    ):
+        main([*first, *arguments])
+    assert contents(output) == before
+    results.write_text(json.dumps([RIGHT, RIGHT | {"score": 0.25}]))
+    assert main([*first, str(results)]) == 0
+    before = contents(output)
+    assert main([*first, saved, "--nms", "0.5"]) == 2
+    assert f"{saved} would be replaced by what remains of it; name another --output" in capsys.readouterr().err
+    model = ["evaluate", "model", str(coco_folder), "--output", str(output), "--against"]
+    assert main([*model, str(output / "likelihood.json")]) == 2
+    assert "a report of the folder that is written; name another --output" in capsys.readouterr().err
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("entries", [[], [WRONG | {"box_scales": [1.0] * 4}]], ids=["nothing", "nothing right"])
+def test_where_nothing_is_found_the_rest_is_written_and_the_reports_say_so(entries, coco_folder, tmp_path, capsys):
+    results, output = tmp_path / "results.json", tmp_path / "out"
+    results.write_text(json.dumps(entries))
+    command = ["evaluate", str(coco_folder), "--detections", str(results), "--output", str(output)]
+    asked = ["--calibration", "--coverage", "--thresholds", "--sweep", "--breakdown"]
+    assert main([*command, *asked]) == 0
+    said = capsys.readouterr().out
+    count = len(entries)
+    reports = {name: json.loads((output / f"{name}.json").read_text()) for name in ("calibration", "coverage")}
+    assert reports["coverage"] == {
+        "not_measured": f"none of {count} detections is correct; there is nothing to compare with."
+    }
+    assert f"0 of {count} predictions are correct" in reports["calibration"]["not_fitted"]
+    assert "coverage was not measured: none of" in said and "calibrators were not fitted: 0 of" in said
+    names = ("metrics", "thresholds", "duplicates", "breakdown", "evaluation")
+    assert all((output / f"{name}.json").is_file() for name in names) and not (output / "calibrators.json").exists()
+
+
+def test_coverage_of_detections_without_scales_is_refused_before_the_figures(coco_folder, results, tmp_path, capsys):
+    command = ["evaluate", str(coco_folder), "--detections", str(results), "--output", str(tmp_path / "out")]
+    assert main([*command, "--coverage"]) == 2
+    assert f"--coverage needs box_scales; {results} does not have them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_evaluation_at_a_time_writes_a_folder(coco_folder, results, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("drmm_hf.evaluation.files._lock", lambda file: False)
+    command = ["evaluate", str(coco_folder), "--detections", str(results), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "is in use by another run: name another folder" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """`drmm figures`: each figure is drawn from the right results, and says which command gives what is missing."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -233,3 +235,36 @@ def test_what_is_missing_is_said_with_its_command(runs, tmp_path, capsys):
     assert "docs/concepts.md" in capsys.readouterr().err
     assert main(["figures", "16", *output]) == 2
     assert not (tmp_path / "figure.png").exists()
+
+
+def said_of(folder, text):
+    return [line for line in text.splitlines() if line.endswith(str(folder)) or f"  {folder}: " in line]
+
+
+def test_what_is_shown_and_what_is_not_is_said(tmp_path, capsys):
+    """An overfit run, one without recipe, a second evaluation and another split lie beside the right ones."""
+    for index, (name, model) in enumerate((("a_overfit", {}), ("b", {}))):
+        make_run(tmp_path / name, model, 1, index)
+    recipe = {"model": {}, "data": DATA | {"overfit": 2}, "training": {"epochs": 1}}
+    make_recipe(recipe, {}).save(tmp_path / "a_overfit" / "recipe.yaml")
+    (tmp_path / "a_overfit" / "duplicates.json").unlink()
+    (tmp_path / "stranger").mkdir()
+    for place, split in (("again", "val"), ("other", "test")):
+        shutil.copytree(tmp_path / "b", tmp_path / "b" / place, ignore=lambda *_: ["recipe.yaml", "again", "other"])
+        about = {"model": str(tmp_path / "b" / "best"), "data": "generated", "split": split}
+        write(tmp_path / "b" / place / "evaluation.json", about)
+    shutil.copy(tmp_path / "b" / "metrics.json", tmp_path / "stranger")
+    for path in (tmp_path / "b").glob("*.json"):
+        os.utime(path, (1, 1))
+    arguments = ["figures", "9", "--results", str(tmp_path), "--output", str(tmp_path / "9.png")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "overfit 2 pictures" in said_of(tmp_path / "a_overfit", said)[0]
+    assert "no recipe.yaml" in said_of(tmp_path / "stranger", said)[0]
+    assert "older than" in said_of(tmp_path / "b", said)[0]
+    assert "D-RMM, Sparse R-CNN; generated test" in said_of(tmp_path / "b" / "other", said)[0]
+    assert said_of(tmp_path / "b" / "again", said)[0].startswith("  ")
+    shutil.rmtree(tmp_path / "b")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "overfit 2 pictures" in said and "figure 9 needs calibration.json" in said

@@ -169,3 +169,32 @@ def test_the_threshold_of_the_folder_is_the_default(model_folder, coco_folder, t
     records = json.loads((tmp_path / "out" / "predictions.json").read_text())
     labels = {entry["label"] for record in records for entry in record["boxes"]}
     assert labels == ({"round"} if "drmm" in model_folder.name else labels)
+
+
+def test_saved_thresholds_are_one_for_each_class(drmm_folder, coco_folder, tmp_path, capsys):
+    shutil.copytree(drmm_folder, tmp_path / "drmm")
+    path = tmp_path / "drmm" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"score_threshold": [0.5, 0.5, 0.5]}))
+    assert main(["predict", str(tmp_path / "drmm"), str(coco_folder / "val"), "--output", str(tmp_path / "out")]) == 2
+    assert "preprocessor_config.json has a score_threshold of 3 entries" in capsys.readouterr().err
+
+
+def test_boxes_are_kept_as_post_processing_keeps_them(drmm_folder, coco_folder, tmp_path, capsys):
+    """At a threshold that one of the scores has to the bit, of one class and of each."""
+    picture = coco_folder / "val" / "0.png"
+    processor = DrmmImageProcessor.from_pretrained(drmm_folder)
+    model = DrmmForObjectDetection.from_pretrained(drmm_folder).eval()
+    with torch.no_grad():
+        outputs = model(**processor(images=[Image.open(picture)], return_tensors="pt"))
+    (everything,) = processor.post_process_object_detection(outputs, 0.0, [(80, 60)])
+    exact = everything["scores"][3].item()
+    folder = tmp_path / "drmm"
+    shutil.copytree(drmm_folder, folder)
+    path = folder / "preprocessor_config.json"
+    for saved in (exact, [exact, exact]):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"score_threshold": saved}))
+        processor.score_threshold = saved
+        (expected,) = processor.post_process_object_detection(outputs, None, [(80, 60)])
+        assert main(["predict", str(folder), str(picture), "--output", str(tmp_path / "out"), "--json"]) == 0
+        (record,) = json.loads(capsys.readouterr().out)
+        assert len(record["boxes"]) == len(expected["scores"]) == 3

@@ -45,6 +45,13 @@ def test_markdown_and_json(capsys):
     assert content["measured"][0]["rows"][0]["figures"] == {}
 
 
+def test_what_no_row_shows_is_said(tmp_path, capsys):
+    load_recipe(TINY).save(tmp_path / "recipe.yaml")
+    (tmp_path / "metrics.json").write_text(json.dumps({"num_images": 2}))
+    assert main(["tables", "3", "--results", str(tmp_path)]) == 0
+    assert f"left out, no row of table 3 is of it (generated val): {tmp_path}" in capsys.readouterr().err
+
+
 def test_an_unknown_table_and_fields_without_run_are_said_in_one_line(capsys):
     assert main(["tables", "12"]) == 2
     assert "the paper has tables 1 to 11" in capsys.readouterr().err

@@ -125,6 +125,27 @@ def test_the_table_has_the_figures():
     assert "scales times 1.500" in text and f"{report['num_matched']} correct predictions" in text
 
 
+def test_the_share_of_scales_at_the_floor_is_found():
+    truth, detections = world(num_images=40)
+    report = coverage_report(truth, detections)
+    assert "at the floor" not in coverage_table(report)
+    for entry in detections:
+        width, height = entry["bbox"][2:]
+        floors = 0.005 * np.array([width, height, width, height])
+        entry["box_scales"] = np.float32(np.maximum(entry["box_scales"], floors)).tolist()
+    matched = matched_boxes(truth, detections)
+    boxes = matched.predicted
+    sides = np.stack([boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]] * 2, axis=1)
+    share = np.isclose(matched.scales, 0.005 * sides, rtol=1e-5).mean()
+    report = coverage_report(truth, detections)
+    assert 0.05 < share < 1 and report["share_at_smallest"] == pytest.approx(share, abs=0.01)
+    assert report["smallest_scale_ratio"] == pytest.approx(0.005, rel=1e-4)
+    assert (
+        f"{100 * report['share_at_smallest']:.1f} % of their scales are at the floor (min_scale_ratio), 0.005 of"
+        in coverage_table(report)
+    )
+
+
 def test_what_cannot_be_measured_is_said_in_words():
     truth, detections = world(math.inf, num_images=2)
     with pytest.raises(ValueError, match="1 of 8 detections have no box_scales"):

@@ -149,3 +149,58 @@ def test_what_is_no_list_of_coco_results_is_refused(tmp_path):
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             Detections.load(path, label_map)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("bbox", [0, 0, 1], "4 numbers"),
+        ("bbox", [0, 0, "1", 1], "4 numbers"),
+        ("bbox", [0, 0, float("nan"), 1], "4 numbers"),
+        ("bbox", 5, "4 numbers"),
+        ("image_id", None, "a whole number"),
+        ("image_id", 1.7, "a whole number"),
+        ("image_id", "1", "a whole number"),
+        ("category_id", None, "a whole number"),
+        ("category_id", [3], "a whole number"),
+        ("score", "high", r"a number in \[0, 1\]"),
+        ("score", True, r"a number in \[0, 1\]"),
+        ("score", 10**400, r"a number in \[0, 1\]"),
+        ("score", 1.5, r"a number in \[0, 1\]"),
+        ("box_scales", [1, 1, -1, 1], "4 numbers of at least 0"),
+        ("objectness", "none", "a number"),
+        ("query", 0.5, "a whole number"),
+    ],
+)
+def test_a_wrong_field_is_named_with_file_entry_and_rule(key, value, rule, tmp_path):
+    entry = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 0.5}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([entry, entry | {key: value}]))
+    with pytest.raises(ValueError, match=f"results.json: {key} of entry 1 is .*; the rule is {rule}"):
+        Detections.load(path, LABELS)
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_no_detection_or_fewer_cannot_be_kept(k):
+    detections = Detections()
+    detections.add(1, result(np.tile([0, 0, 1, 1], (3, 1)), [0.1, 0.3, 0.2], [0, 1, 2]))
+    with pytest.raises(ValueError, match=f"top_k is {k}; the rule is at least 1"):
+        detections.top_k(k)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
+def test_damaged_arrays_are_named(damage, tmp_path):
+    detections = Detections()
+    detections.add(3, full_result())
+    path = tmp_path / "000000.npz"
+    detections.save_arrays(path)
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[:-30]
+    elif damage == "flipped":
+        content[200] ^= 255
+    else:
+        content = b"" if damage == "empty" else b"no arrays at all"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="000000.npz is damaged: "):
+        Detections.load_arrays(path)

@@ -1,6 +1,7 @@
 """The published tables are the paper's and name recipes that exist; results find their rows and no others."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -296,6 +297,24 @@ def test_an_evaluation_elsewhere_finds_the_run_of_its_model(tmp_path):
         find_results([tmp_path / "none"], resolved_recipe)
 
 
+def test_the_newest_of_several_evaluations_stands(tmp_path):
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5), duplicates={})
+    for name, age in (("before", 50), ("later", 200), ("middle", 100)):
+        place = tmp_path / name
+        place.mkdir()
+        about = {"model": str(run / "best"), "data": "bccd", "split": "val"}
+        (place / "evaluation.json").write_text(json.dumps(about))
+        (place / "metrics.json").write_text(json.dumps(metrics(age / 1000)))
+        os.utime(place / "metrics.json", (age, age))
+    os.utime(run / "metrics.json", (150, 150))
+    ((result,), strangers) = find_results([tmp_path], resolved_recipe)
+    assert result.files["metrics"]["AP"] == 0.2 and result.places["metrics"] == (tmp_path / "later").resolve()
+    assert result.superseded.keys() == {one.resolve() for one in (run, tmp_path / "before", tmp_path / "middle")}
+    (run / "recipe.yaml").write_text("model: {hidden: 3}")
+    with pytest.raises(ValueError, match=r"a/recipe.yaml: .*hidden"):
+        find_results([tmp_path], resolved_recipe)
+
+
 def test_likelihoods_by_stage_and_their_ratios(tmp_path):
     for criterion, nll in (("nll_mcm", [12.0, 10.0, 9.0, 8.0]), ("nll", [11.0, 9.0, 9.0, 6.0])):
         group = {"nll": nll, "share": [value / 16 for value in nll]}
@@ -340,3 +359,20 @@ def test_the_spread_is_the_standard_error(values):
     variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
     assert error == pytest.approx((variance / len(values)) ** 0.5, abs=1e-9)
     assert spread(values[:1]) == (values[0], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics", '{"AP": 0.5, "num_ima', "metrics.json is not valid json"),
+        ("metrics", json.dumps(metrics("high")), "AP of .*metrics.json is 'high'; the rule is a number"),
+        ("metrics", json.dumps({"AP": 0.5}), "metrics.json has no num_images"),
+        ("summary", '{"steps": "many"}', "steps of .*summary.json is 'many'; the rule is a number"),
+        ("duplicates", '{"nms": []}', "duplicates.json has no none, wta, best_iou_threshold"),
+    ],
+)
+def test_a_damaged_result_is_named(name, text, message, tmp_path):
+    folder = write_run(tmp_path / "run", metrics=metrics(0.5))
+    (folder / f"{name}.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        blocks_of(3, folder)

@@ -12,7 +12,7 @@ from PIL import Image
 from drmm_hf.data.coco import canonical_dataset
 from drmm_hf.evaluation.coco_metrics import ground_truth
 from drmm_hf.evaluation.evaluate import evaluate
-from drmm_hf.evaluation.parts import fingerprint, part_size, predict_parts
+from drmm_hf.evaluation.parts import fingerprint, part_size, predict_parts, remove_parts
 from drmm_hf.evaluation.predict import predict
 
 
@@ -127,8 +127,9 @@ def test_work_on_something_else_is_said_and_begun_afresh(tmp_path, capsys):
 
 
 def test_what_makes_other_detections_makes_another_fingerprint():
-    def rows_of(name):
-        pictures = [{"path": f"{name}/{index}.png", "bytes": None} for index in range(3)]
+    def rows_of(name, last=None):
+        folders = (name, name, last or name)
+        pictures = [{"path": f"{folder}/{index}.png", "bytes": None} for index, folder in enumerate(folders)]
         features = datasets.Features({"image_id": datasets.Value("int64"), "image": datasets.Image(decode=False)})
         return datasets.Dataset.from_dict({"image_id": [0, 1, 2], "image": pictures}, features)
 
@@ -143,10 +144,11 @@ def test_what_makes_other_detections_makes_another_fingerprint():
         fingerprint(Mean(), SimpleNamespace(to_dict=lambda: {"size": 4}), rows_of("a"), images, options),
         fingerprint(Mean(), Processor(), rows_of("b"), images, options),
         fingerprint(Mean(), Processor(), rows_of("a").select([1, 0, 2]), images, options),
+        fingerprint(Mean(), Processor(), rows_of("a", last="b"), images, options),
         fingerprint(Mean(), Processor(), rows_of("a"), images[:2], options),
         fingerprint(Mean(), Processor(), rows_of("a"), images, {"top_k": 10}),
     ]
-    assert len(same) == 1 and len({*same, *others}) == 9
+    assert len(same) == 1 and len({*same, *others}) == 10
 
 
 def test_a_stream_is_never_held(tmp_path):
@@ -201,3 +203,48 @@ def test_a_dataset_and_its_stream_give_the_same_figures_and_files(tmp_path):
     assert len(set(written)) == 1
     with pytest.raises(ValueError, match="1 of 9 annotated pictures are not in the dataset"):
         evaluate(Mean(), Processor(), dataset.to_iterable_dataset().take(8), annotations, progress=False)
+
+
+def test_only_our_own_parts_are_removed(tmp_path):
+    """A user keeps a folder of the same name in the output."""
+    own = [
+        tmp_path / "parts" / "letter.txt",
+        tmp_path / "parts" / ("a" * 16) / "notes.txt",
+        tmp_path / "parts" / "spare" / "000000.npz",
+    ]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    some = rows(40)
+    with pytest.raises(KilledError):
+        predict_parts(Mean(last=12), Processor(), some, images_of(some), tmp_path / "parts", progress=False)
+    predict_parts(Mean(1.5), Processor(), some, images_of(some), tmp_path / "parts", progress=False)
+    assert len(list((tmp_path / "parts").glob("*/*.npz"))) == 10 + 1
+    remove_parts(tmp_path / "parts")
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(own)
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"batch_size": 0}, {"batch_size": -1}])
+def test_wrong_options_cost_no_parts(wrong, tmp_path):
+    some = rows(40)
+    with pytest.raises(KilledError):
+        predict_parts(Mean(last=12), Processor(), some, images_of(some), tmp_path, progress=False)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="the rule is at least 1"):
+        predict_parts(Mean(), Processor(), some, images_of(some), tmp_path, progress=False, **wrong)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_part_is_named_and_predicted_again(tmp_path, capsys):
+    some = rows(40)
+    images = images_of(some)
+    alone = predict_parts(Mean(), Processor(), some, images, progress=False)
+    with pytest.raises(KilledError):
+        predict_parts(Mean(last=12), Processor(), some, images, tmp_path)
+    first, second, third = sorted(tmp_path.glob("*/*.npz"))
+    second.write_bytes(second.read_bytes()[:100])
+    model = Mean()
+    same(predict_parts(model, Processor(), some, images, tmp_path), alone)
+    assert len(model.seen) == 40 - 2 * 4
+    said = capsys.readouterr().out
+    assert f"{second} is damaged: " in said and "predicted again" in said and "going on from 2 parts" in said

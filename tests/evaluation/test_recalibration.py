@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drmm_hf.evaluation.calibration import calibration
+from drmm_hf.evaluation.calibration import calibration, match_predictions
 from drmm_hf.evaluation.recalibration import (
     Calibrator,
     apply_calibrators,
@@ -15,6 +15,7 @@ from drmm_hf.evaluation.recalibration import (
     fit_calibrators,
     fit_isotonic,
     fit_temperature,
+    held_out_errors,
     same_pictures,
 )
 from drmm_hf.evaluation.thresholds import threshold_curves
@@ -112,6 +113,39 @@ def test_maps_of_one_split_are_tested_on_another(scene):
         apply_calibrators(fitted, truth, detections)
     with pytest.raises(ValueError, match="no isotonic, temperature; --calibration writes one"):
         apply_calibrators({"fitted_on": {}}, other, found)
+
+
+def test_held_out_errors_are_those_of_maps_that_never_saw_the_picture(scene):
+    """With a part a picture, an oracle fits to all other pictures through the files."""
+    truth, detections = scene(3, num_images=8)
+    for entry in detections:
+        entry["score"] = entry["score"] ** 0.3
+    numbers, rights = {"none": [], "temperature": [], "isotonic": []}, []
+    for image in truth["images"]:
+        only = {**truth, "images": [image]}
+        rest = {**truth, "images": [one for one in truth["images"] if one is not image]}
+        for part, inside in ((only, True), (rest, False)):
+            part["annotations"] = [a for a in truth["annotations"] if (a["image_id"] == image["id"]) == inside]
+        fitted = fit_calibrators(rest, [one for one in detections if one["image_id"] != image["id"]])
+        scores, correct = match_predictions(only, [one for one in detections if one["image_id"] == image["id"]])
+        rights.append(correct)
+        for method, values in numbers.items():
+            values.append(scores if method == "none" else Calibrator.from_dict(fitted[method])(scores))
+    errors = held_out_errors(truth, detections, num_folds=8)
+    assert list(errors) == list(numbers)
+    for method, values in numbers.items():
+        mean = np.square(np.concatenate(values) - np.concatenate(rights)).mean()
+        assert errors[method]["squared_error"] == pytest.approx(mean)
+    assert errors["none"]["ECE"] == pytest.approx(calibration(truth, detections).ece)
+    assert errors["isotonic"]["squared_error"] < errors["none"]["squared_error"]
+
+
+def test_nothing_is_held_out_of_too_little(scene):
+    truth, detections = scene(3, num_images=8)
+    assert held_out_errors(truth, detections, num_folds=9) == {}
+    first = truth["annotations"][0]["image_id"]  # all that is right lies in one picture
+    one = truth | {"annotations": [record for record in truth["annotations"] if record["image_id"] == first]}
+    assert held_out_errors(one, detections) == {}
 
 
 def with_scales(detections):

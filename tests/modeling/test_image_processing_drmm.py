@@ -1,5 +1,6 @@
 """The processor: sizes, frames, labels, post-processing. Oracles are written in float64 numpy, away from the code."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -627,6 +628,14 @@ class TestCalibration:
             ({"calibration": {"scores": ISOTONIC | {"scores": [0.1]}}}, "equally many rising"),
             ({"calibration": {"scores": ISOTONIC | {"calibrated": [0.0, 0.7, 0.2, 0.9]}}}, "equally many rising"),
             ({"calibration": {"scores": ISOTONIC | {"calibrated": [0.0, 0.2, 0.7, 1.5]}}}, "equally many rising"),
+            ({"calibration": {"scores": ISOTONIC | {"scores": [0.1, None, 0.5, 0.9]}}}, "equally many rising"),
+            ({"calibration": {"scores": ISOTONIC | {"calibrated": 0.5}}}, "equally many rising"),
+            ({"calibration": {"scores": [0.1]}}, r"calibration has scores=\[0.1\]: must be a dict"),
+            ({"calibration": []}, r"calibration=\[\]: must be a dict"),
+            ({"calibration": 5}, "calibration=5: must be a dict"),
+            ({"image_std": [0.2, 0, 0.2]}, r"image_std=\(0.2, 0, 0.2\): must be numbers above 0"),
+            ({"image_std": 0.0}, "image_std=.*0.0.*: must be numbers above 0"),
+            ({"image_std": [0.2, None, 0.2]}, "must be numbers above 0"),
             ({"score_threshold": 50}, r"score_threshold=50: must be a score in \[0, 1\]"),
             ({"score_threshold": []}, r"score_threshold=\[\]: must be a score"),
             ({"score_threshold": [0.1, "a"]}, "must be a score"),
@@ -635,6 +644,14 @@ class TestCalibration:
     def test_what_is_none_is_refused(self, fields, message):
         with pytest.raises(ValueError, match=message):
             DrmmImageProcessor(**fields)
+
+    @pytest.mark.parametrize("entry", [{"calibration": []}, {"calibration": 5}, {"image_std": [0, 1, 1]}])
+    def test_a_file_that_was_spoilt_is_refused_when_it_is_loaded(self, entry, tmp_path):
+        DrmmImageProcessor().save_pretrained(tmp_path)
+        path = tmp_path / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+        with pytest.raises(ValueError, match=f"{next(iter(entry))}=.*: must be"):
+            DrmmImageProcessor.from_pretrained(tmp_path)
 
     def test_thresholds_are_one_a_class(self):
         with pytest.raises(ValueError, match="score_threshold has 2 entries: must be one for 3 classes"):

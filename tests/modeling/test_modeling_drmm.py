@@ -499,6 +499,19 @@ class TestLikelihood:
             labels = [{"class_labels": torch.tensor([3]), "boxes": torch.full((1, 4), 0.5)}]
             disturbed().log_likelihood(random_pictures(1), labels)
 
+    @pytest.mark.parametrize("labels", [None, {"boxes": 1, "class_labels": 2}, [{"boxes": torch.zeros(0, 4)}]])
+    def test_what_are_no_labels_is_said(self, labels):
+        with pytest.raises(ValueError, match="must be a list with a dict of class_labels and boxes for each picture"):
+            disturbed().log_likelihood(random_pictures(1), labels)
+
+    @pytest.mark.parametrize("factor", [96.0, 5.0, -5.0])
+    def test_boxes_in_pixels_are_refused_and_those_over_the_border_are_not(self, factor):
+        labels = [{"class_labels": torch.tensor([0]), "boxes": torch.tensor([[1.1, -0.1, 0.5, 0.5]])}]
+        assert disturbed().log_likelihood(random_pictures(1), labels)[0].isfinite().all()
+        labels[0]["boxes"][:, :2] *= factor
+        with pytest.raises(ValueError, match=r"labels\[0\] has boxes from .* as fractions of the unpadded picture"):
+            disturbed().log_likelihood(random_pictures(1), labels)
+
     @pytest.mark.parametrize(
         ("overrides", "freedom"),
         [

@@ -1,11 +1,9 @@
-import fcntl
 import json
 import os
 import random
 import re
 import resource
 import shutil
-import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -19,17 +17,16 @@ from torch import nn
 
 from conftest import tiny_config
 from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
+from drmm_hf.evaluation.files import write_text
 from drmm_hf.training import checkpoint
 from drmm_hf.training.checkpoint import (
     Progress,
     find_checkpoint,
     finish_folder,
     load_checkpoint,
-    run_lock,
     save_checkpoint,
     save_model,
     start_folder,
-    write_text,
 )
 
 
@@ -325,45 +322,6 @@ def test_a_full_disk_is_called_so_and_the_missing_room_is_named(large_run, tmp_p
     with largest_file(60_000), pytest.raises(OSError, match=message):
         save()
     assert checkpoint._count_bytes({"a": [torch.zeros(3), {"b": torch.zeros(2, dtype=torch.float64)}], "c": 1}) == 28
-
-
-def test_another_run_is_kept_out_until_its_process_is_gone(tmp_path):
-    """The holder is killed, and what it started lives on, as processes that read pictures do for a while."""
-    accelerator = Accelerator(cpu=True)
-    reads, writes = os.pipe()
-    holder = os.fork()
-    if holder == 0:
-        try:
-            with run_lock(accelerator, tmp_path / "run"):
-                reader = os.fork()
-                if reader:
-                    os.write(writes, str(reader).encode())
-                signal.pause()
-        finally:
-            os._exit(1)
-    reader = int(os.read(reads, 20))
-    try:
-        message = f"run' is in use by process {holder} on .*: name another folder"
-        with pytest.raises(ValueError, match=message), run_lock(accelerator, tmp_path / "run"):
-            pass
-    finally:
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
-    os.kill(reader, 0)
-    try:
-        with run_lock(accelerator, tmp_path / "run"):
-            assert f"process {os.getpid()} on " in (tmp_path / "run" / "run.lock").read_text()
-    finally:
-        os.kill(reader, signal.SIGKILL)
-
-
-def test_where_there_are_no_locks_runs_go_on(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    with run_lock(Accelerator(cpu=True), tmp_path / "run"):
-        assert (tmp_path / "run").is_dir()
 
 
 def test_the_average_is_the_model_and_the_weights_in_training_a_variant(tmp_path):

@@ -25,13 +25,15 @@ from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.data.coco import categories
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
+from drmm_hf.evaluation import files
 from drmm_hf.evaluation.coco_metrics import ground_truth
+from drmm_hf.evaluation.files import run_lock
 from drmm_hf.modeling.criteria import CRITERIA
 from drmm_hf.training import checkpoint
 from drmm_hf.training.arguments import load_recipe
 from drmm_hf.training.batch_size import find_batch_size
 from drmm_hf.training.build import build_model, load_split, training_loader
-from drmm_hf.training.checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint
+from drmm_hf.training.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from drmm_hf.training.epochs import groups
 from drmm_hf.training.loop import accumulate_gradients, evaluate_model
 
@@ -347,7 +349,7 @@ def test_a_full_disk_in_one_process_ends_all_of_them(both, rank):
 def lock_and_look(accelerator, folder):
     """Let the first process find that the folder is in use, and that its checkpoint is damaged."""
     messages = []
-    with mock.patch.object(checkpoint, "_lock", return_value=False):
+    with mock.patch.object(files, "_lock", return_value=False):
         try:
             with run_lock(accelerator, folder):
                 pass

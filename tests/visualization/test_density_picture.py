@@ -95,3 +95,12 @@ def test_the_picture_is_bright_where_the_density_is(tmp_path):
     assert len(hot) > 20
     assert hot[:, 1].max() - hot[:, 1].min() < 0.08 * width  # one small spot
     assert (image.getpixel((30, 30))) == (255, 255, 255)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
+@pytest.mark.parametrize("size", [(4000, 2), (2, 4000), (1, 1)])
+def test_pictures_of_any_shape_are_drawn(size, tmp_path):
+    box = np.array([[0.0, 0.0, *size]])
+    mixture = Mixture(box, np.full((1, 4), 0.5), np.ones(1))
+    drawn = Image.open(density_picture(Image.new("RGB", size), mixture, tmp_path / "density.png"))
+    assert drawn.width > 1000 and 200 < drawn.height < 2000

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .counts import at_least
+
 
 if TYPE_CHECKING:
     import datasets
@@ -28,9 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a D-RMM model")
     parser.add_argument("--split", default="train", help="split of the data (default: train)")
     parser.add_argument("--output", default="runs/audit", metavar="DIR", help="where to write (default: runs/audit)")
-    parser.add_argument("--worst", type=int, default=100, metavar="N", help="crops on the page, of each kind")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
-    parser.add_argument("--top-k", type=int, default=100, metavar="K", help="predictions a picture (default: 100)")
+    parser.add_argument("--worst", type=at_least(0), default=100, metavar="N", help="crops on the page, of each kind")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=1, metavar="N", help="pictures a batch; changes no figure"
+    )
+    parser.add_argument(
+        "--top-k", type=at_least(1), default=100, metavar="K", help="predictions a picture (default: 100)"
+    )
     parser.add_argument(
         "--planted", metavar="FILE", help="measure the audit: planted_errors.json of scripts/plant_errors.py"
     )
@@ -53,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.audit import audit
     from ..evaluation.evaluate import category_of_label
     from ..evaluation.likelihood import check_density, gather_evidence
+    from ..evaluation.planted_errors import read_planted
     from ..evaluation.predict import load_detector, predict
     from ..evaluation.report import load_split
 
     source = find_source(args.model)
     dataset, annotations = load_split(args.data, args.split)
-    planted = None if args.planted is None else json.loads(Path(args.planted).read_text())
+    planted = None if args.planted is None else read_planted(args.planted, annotations)
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .counts import at_least
+
+
+_FEW_OBJECTS = 100  # fewer say little about others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="split of the data (default: val)")
     parser.add_argument(
         "--scores",
-        choices=["temperature", "isotonic", "none"],
-        default="temperature",
-        help="how to correct confidences (default: temperature, which keeps all of their order)",
+        choices=["auto", "temperature", "isotonic", "none"],
+        default="auto",
+        help="how to correct confidences (default: auto, what is best on held-out pictures of this split)",
     )
     parser.add_argument("--no-scales", action="store_true", help="leave box scales as they are")
     parser.add_argument(
@@ -32,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotations", metavar="FILE", help="COCO json file, if not annotations/instances_SPLIT.json"
     )
     parser.add_argument("--images", metavar="DIR", help="image folder, if not one of the usual places")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=1, metavar="N", help="pictures a batch; changes no figure"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -58,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.evaluate import category_of_label, check_images
     from ..evaluation.predict import load_detector, predict
-    from ..evaluation.recalibration import calibration_fields
+    from ..evaluation.recalibration import calibration_fields, held_out_errors
     from ..modeling.mixture import tail_freedom
 
     places = {"images": args.images, "annotations": args.annotations}
@@ -77,11 +85,14 @@ def run(args: argparse.Namespace) -> int:
     label_map = LabelMap.from_categories(annotations["categories"])
     detections = predict(model, processor, dataset, args.batch_size)
     known = detections.relabel({label: label_map.label(category_id) for label, category_id in mapping.items()})
-    config = model.config
+    entries, config, method, errors = known.to_coco(label_map), model.config, args.scores, {}
+    if method == "auto":
+        errors = held_out_errors(annotations, entries)
+        method = min(errors, key=lambda one: errors[one]["squared_error"]) if errors else "temperature"
     fields = calibration_fields(
         annotations,
-        known.to_coco(label_map),
-        method=None if args.scores == "none" else args.scores,
+        entries,
+        method=None if method == "none" else method,
         scales=not args.no_scales and config.head_type == "mixture",
         threshold=args.threshold,
         freedom=tail_freedom(config.coordinate_distribution, config.student_t_freedom),
@@ -91,6 +102,15 @@ def run(args: argparse.Namespace) -> int:
         each = fields["score_threshold"]
         fields["score_threshold"] = [each.get(names.get(mapping.get(label)), 0.5) for label in sorted(config.id2label)]
     save_fields(path, fields)
+    num_objects = sum(not record.get("iscrowd") for record in annotations["annotations"])
+    if num_objects < _FEW_OBJECTS:
+        print(
+            f"drmm calibrate: warning: fitted on {num_objects} objects; fewer than {_FEW_OBJECTS} say little about "
+            "those of other pictures",
+            file=sys.stderr,
+        )
+    if args.scores == "auto":
+        print(f"{choice(errors, method)}\n")
     print(summary(fields, config.id2label, len(dataset)))
     print(f"saved in {path}; measure on other pictures: drmm evaluate {args.model} DATA --split test --calibration")
     return 0
@@ -103,13 +123,33 @@ def save_fields(path: str | Path, fields: Mapping[str, Any]) -> None:
         path (`str` or `Path`): Its `preprocessor_config.json`, which is whole at any time.
         fields (`Mapping`): `calibration` and `score_threshold`; what is None is taken out.
     """
+    from ..evaluation.files import write_text
     from ..modeling.image_processing_drmm import DrmmImageProcessor
-    from ..training.checkpoint import write_text
 
     settings = json.loads(Path(path).read_text(encoding="utf-8")) | fields
     settings = {name: value for name, value in settings.items() if name not in fields or value is not None}
     DrmmImageProcessor(**fields)  # what it refuses is not written
     write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def choice(errors: Mapping[str, Mapping[str, float]], method: str) -> str:
+    """Say how a map of the confidences was chosen.
+
+    Args:
+        errors (`Mapping`): From `drmm_hf.evaluation.recalibration.held_out_errors`.
+        method (`str`): What was chosen.
+
+    Returns:
+        `str`: A line a method.
+    """
+    if not errors:
+        return f"too few pictures or right predictions to hold some out: {method}"
+    lines = [f"{'on held-out pictures':<22}{'ECE (%)':>9}{'squared error':>15}"]
+    for name, error in errors.items():
+        cells = f"{100 * error['ECE']:>9.2f}{error['squared_error']:>15.4f}"
+        title = "as predicted" if name == "none" else name
+        lines.append(f"{title:<22}{cells}{'  chosen' if name == method else ''}")
+    return "\n".join(lines)
 
 
 def summary(fields: Mapping[str, Any], id2label: Mapping[int, str], num_pictures: int) -> str:

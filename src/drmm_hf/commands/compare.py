@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .counts import at_least
+
 
 if TYPE_CHECKING:
     import datasets
@@ -33,13 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="runs/compare", metavar="DIR", help="where to write (default: runs/compare)"
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
-    parser.add_argument("--top-k", type=int, default=100, metavar="K", help="predictions a picture (default: 100)")
     parser.add_argument(
-        "--timed", type=int, default=24, metavar="N", help="pictures to time the models on, in turns (default: 24)"
+        "--batch-size", type=at_least(1), default=1, metavar="N", help="pictures a batch; changes no figure"
     )
     parser.add_argument(
-        "--drawn", type=int, default=4, metavar="N", help="pictures to draw, where they differ most (default: 4)"
+        "--top-k", type=at_least(1), default=100, metavar="K", help="predictions a picture (default: 100)"
+    )
+    parser.add_argument(
+        "--timed",
+        type=at_least(0),
+        default=24,
+        metavar="N",
+        help="pictures to time the models on, in turns (default: 24)",
+    )
+    parser.add_argument(
+        "--drawn",
+        type=at_least(0),
+        default=4,
+        metavar="N",
+        help="pictures to draw, where they differ most (default: 4)",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
@@ -125,7 +139,9 @@ def comparison(result: Mapping[str, Any]) -> str:
         "",
         "AP and ECE in per cent; NLL in pixels of the picture; ms a picture, one at a time; speed beside the first",
         "",
-        "error (LRP) of the pictures where they differ most, each model at the score of its best F1",
+        "error (LRP) of the pictures where they differ most, each model at the score of its best F1"
+        if result["pictures"]
+        else "each model at the score of its best F1, there is no picture in which their errors (LRP) differ",
     ]
     for picture in result["pictures"][:_LISTED]:
         errors = "  ".join(f"{name} {100 * error['lrp']:.0f} %" for name, error in picture["errors"].items())

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .counts import at_least
+
 
 _LISTED = 5  # messages of one kind that are printed; --json has all
 _CLASSES = 30  # lines of the class table
@@ -21,10 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="folder of COCO, Roboflow, YOLO or Pascal VOC, image folder, or Hub id")
     parser.add_argument("--split", nargs="+", metavar="NAME", help="only these splits (default: all)")
     parser.add_argument(
-        "--num-queries", type=int, default=300, metavar="K", help="most objects that a model can find (default: 300)"
+        "--num-queries",
+        type=at_least(1),
+        default=300,
+        metavar="K",
+        help="most objects that a model can find (default: 300)",
     )
     parser.add_argument("--bbox-format", choices=["xywh", "xyxy", "cxcywh"], help="of boxes that do not prove theirs")
-    parser.add_argument("--threads", type=int, metavar="N", help="pictures decoded side by side (default: cores)")
+    parser.add_argument(
+        "--threads", type=at_least(1), metavar="N", help="pictures decoded side by side (default: cores)"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as json, and nothing else")
 
 
@@ -37,11 +45,6 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0 if nothing is wrong, 1 if there are problems.
     """
-    for name in ("num_queries", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, must be at least 1")
-
     from ..data.doctor import examine
 
     report = examine(

@@ -8,6 +8,13 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .counts import at_least
+
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streaming", action="store_true", help="read the pictures as they are needed, without downloading a data set"
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures a batch; changes no figure")
-    parser.add_argument("--top-k", type=int, default=100, metavar="K", help="predictions a picture (default: 100)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=1, metavar="N", help="pictures a batch; changes no figure"
+    )
+    parser.add_argument(
+        "--top-k", type=at_least(1), default=100, metavar="K", help="predictions a picture (default: 100)"
+    )
     duplicates = parser.add_mutually_exclusive_group()
     duplicates.add_argument(
         "--nms", type=float, metavar="IOU", help="suppress boxes above this IoU (default: no NMS; D-RMM needs none)"
@@ -86,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--assignments",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="tell which predictions training matches, on N pictures (box heads)",
     )
@@ -110,65 +121,138 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
+    check_options(args)
+
+    from transformers.utils import logging
+
+    from ..conversion.model_source import find_source
+    from ..evaluation.files import run_lock
+    from ..evaluation.parts import launched_processes
+
+    if args.detections is not None:
+        args.model, args.data = None, args.model
+    source = None if args.model is None else find_source(args.model)
+    processes = None if args.model is None else launched_processes(args.device)
+    logging.disable_progress_bar()  # of each weight that is loaded
+    with run_lock(processes, args.output):  # makes it before the work, so that a bad place costs none
+        return (evaluate_split if args.submission is None else submit)(args, source, processes)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together, before anything is touched.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments.
+
+    Raises:
+        ValueError: If there are some; the message names them.
+    """
     if args.detections is not None:
         if args.data is not None:
             raise ValueError(f"both the model {args.model!r} and --detections are given; the rule is one of them.")
         if args.losses or args.against:
             raise ValueError("--losses needs a model: boxes and scores alone have no density.")
-        if args.assignments or args.top_k_ratio:
+        if args.assignments or args.top_k_ratio is not None:
             raise ValueError("--assignments and --top-k-ratio need a model.")
         if args.freedom is not None and not args.freedom > 0:
             raise ValueError(f"freedom is {args.freedom}; the rule is above 0.")
-        args.model, args.data = None, args.model
     elif args.data is None:
         raise ValueError("DATA is missing: drmm evaluate MODEL DATA, or drmm evaluate DATA --detections FILE.")
     elif args.freedom is not None:
         raise ValueError("--freedom is for --detections; a model knows its own density.")
+    for name in ("nms", "wta"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; the rule is an IoU in [0, 1].")
+    for name, written in (("against", "likelihood.json"), ("calibrators", "calibrators.json")):
+        file, output = getattr(args, name), Path(args.output)
+        if file is not None and Path(file).resolve() == (output / written).resolve():
+            raise ValueError(f"{name} is {file!r}, a report of the folder that is written; name another --output.")
+    if args.submission is not None:
+        if args.detections is not None or args.images is None:
+            raise ValueError("--submission needs a model, and --images for the json file of the pictures.")
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+        others = given - _OF_SUBMISSIONS
+        if others:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+            raise ValueError(f"--submission writes all that is found, as it is; the rule is to leave out {names}.")
 
-    if args.submission is not None and (args.model is None or args.images is None):
-        raise ValueError("--submission needs a model, and --images for the json file of the pictures.")
 
-    from transformers.utils import logging
+# Arguments that a submission heeds, and those of every command.
+_OF_SUBMISSIONS = {"model", "data", "images", "output", "batch_size", "top_k", "submission", "device"}
+_OF_SUBMISSIONS |= {"command", "debug"}
 
-    from ..conversion.model_source import find_source
-    from ..evaluation.assignments import assignments, check_matching
-    from ..evaluation.evaluate import category_of_label, class_table, evaluate, measure
-    from ..evaluation.likelihood import check_density
-    from ..evaluation.parts import launched_processes
+
+def submit(args: argparse.Namespace, source: str, processes: PartialState | None) -> int:
+    """Find the objects in pictures without annotations, and write the zip for a server.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments.
+        source (`str`): Folder or Hub id of the model.
+        processes (`accelerate.PartialState`, *optional*): Those that share the pictures.
+
+    Returns:
+        `int`: 0.
+    """
     from ..evaluation.predict import load_detector
-    from ..evaluation.report import analyse, examples, load_results, load_split, measure_likelihood, read_picture
     from ..evaluation.submission import write_submission
+
+    model, processor = load_detector(source, args.device if processes is None else processes.device)
+    options = {"batch_size": args.batch_size, "top_k": args.top_k, "processes": processes}
+    path = write_submission(model, processor, args.data, args.images, args.output, args.submission, **options)
+    print(*([] if path is None else [f"written to {path}"]))
+    return 0
+
+
+def evaluate_split(args: argparse.Namespace, source: str | None, processes: PartialState | None) -> int:
+    """Do what `run` says, in a folder that no other run uses.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments; of `--detections`, without a model.
+        source (`str`, *optional*): Folder or Hub id of the model.
+        processes (`accelerate.PartialState`, *optional*): Those that share the pictures.
+
+    Returns:
+        `int`: 0.
+    """
+    from ..evaluation.assignments import assignments, check_matching
+    from ..evaluation.evaluate import category_of_label, class_table, evaluate, figures
+    from ..evaluation.files import read_json, write_json, write_text
+    from ..evaluation.likelihood import check_density
+    from ..evaluation.output_folder import holds_figures, write_figures
+    from ..evaluation.predict import load_detector
+    from ..evaluation.recalibration import check_calibrators
+    from ..evaluation.report import analyse, examples, load_results, load_split, measure_likelihood, read_picture
     from ..evaluation.tables import TABLES, calibration_note, comparison_table
     from ..modeling.mixture import tail_freedom
     from ..visualization.evaluation_pictures import draw_detections, draw_report
 
-    model_source = None if args.model is None else find_source(args.model)
     places = {"images": args.images, "annotations": args.annotations, "streaming": args.streaming}
-    processes = None if args.model is None else launched_processes(args.device)
-    device = args.device if processes is None else processes.device
-    if args.submission is not None:
-        model, processor = load_detector(model_source, device)
-        options = {"batch_size": args.batch_size, "top_k": args.top_k, "processes": processes}
-        path = write_submission(model, processor, args.data, args.images, args.output, args.submission, **options)
-        print(*([] if path is None else [f"written to {path}"]))
-        return 0
     with nullcontext() if processes is None else processes.main_process_first():  # the others find its cache
         dataset, annotations = load_split(args.data, args.split, **places, needs_pictures=args.model is not None)
-    logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
-    if processes is None or processes.is_main_process:
-        about = {"model": model_source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
-        (output / "evaluation.json").write_text(json.dumps(about, indent=2) + "\n")
-    other = None if args.against is None else json.loads(Path(args.against).read_text())
+    other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
+    about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
 
     calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:
         detections, mapping = load_results(args.detections, annotations)
-        metrics = measure(detections, annotations, mapping, output, **options)
+        found = [detections[image_id] for image_id in detections]
+        if args.coverage and any(len(one["scores"]) and "box_scales" not in one for one in found):
+            raise ValueError(f"--coverage needs box_scales; {args.detections} does not have them of every detection.")
+        metrics, entries = figures(detections, annotations, mapping, **options)
+        file, written_to = Path(args.detections), output / "detections.json"
+        if file.resolve() == written_to.resolve() and file.read_text() != json.dumps(entries):
+            raise ValueError(f"{args.detections} would be replaced by what remains of it; name another --output.")
+        if not holds_figures(output, metrics, entries):  # otherwise the files there know more of their origin
+            write_figures(metrics, entries, output)
+        if not (output / "evaluation.json").is_file():
+            write_json(about, output / "evaluation.json")
     else:
-        model, processor = load_detector(model_source, device)
+        model, processor = load_detector(source, args.device if processes is None else processes.device)
         if args.losses or other or args.coverage:
             check_density(model.config)
         calibration = getattr(processor, "calibration", None)
@@ -176,6 +260,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 "the model's processor calibrates already; --calibrators are for predictions as they are."
             )
+        if calibrators is not None:
+            check_calibrators(calibrators, annotations)
         if hasattr(model.config, "coordinate_distribution"):
             freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
         if args.assignments:
@@ -196,13 +282,14 @@ def run(args: argparse.Namespace) -> int:
             processes.destroy_process_group()
         if metrics is None:
             return 0  # the main process goes on
+        write_json(about, output / "evaluation.json")  # not before: the figures that it is about are there
+        entries = read_json(output / "detections.json")
 
-    entries = json.loads((output / "detections.json").read_text())
     written = ["evaluation.json", "detections.json"]
     if dataset is not None:
         written.append(draw_detections(entries, annotations, examples(dataset), output / "detections.jpg").name)
     asked = {"thresholds": args.thresholds, "calibration": args.calibration, "duplicates": args.sweep}
-    asked |= {"calibrators": args.calibrators, "breakdown": args.breakdown, "coverage": args.coverage}
+    asked |= {"calibrators": calibrators, "breakdown": args.breakdown, "coverage": args.coverage}
     asked |= {"freedom": freedom, "calibrated": bool(calibration)}
     reports = chain([("metrics", metrics)], analyse(entries, annotations, output, args.top_k, **asked))
     if args.losses or other:
@@ -210,15 +297,23 @@ def run(args: argparse.Namespace) -> int:
         reports = chain(reports, [("likelihood", losses)])
     picture = None if dataset is None else partial(read_picture, dataset)
     for name, report in reports:
+        written.append(f"{name}.json")
+        if "not_measured" in report:
+            print(f"\n{name} was not measured: {report['not_measured']}", flush=True)
+            continue
         print(f"\n{TABLES[name](report)}", flush=True)
+        if "not_fitted" in report:
+            print(f"\ncalibrators were not fitted: {report['not_fitted']}")
         if name == "metrics" and calibration:
             print(f"\n{calibration_note(calibration, annotations)}")
-        written += [f"{name}.json", *draw_report(name, report, output, picture)]
+        written += draw_report(name, report, output, picture)
+        if name == "calibration" and args.calibration and not calibration and "not_fitted" not in report:
+            written.append("calibrators.json")
     if other:
         print(f"\n{comparison_table(losses, other)}")
     if args.assignments:
         matched = assignments(model, processor, dataset, annotations, num_images=args.assignments)
-        (output / "assignments.json").write_text(json.dumps(matched, allow_nan=False) + "\n")
+        write_text(output / "assignments.json", json.dumps(matched, allow_nan=False) + "\n")
         written.append("assignments.json")
     print(f"written to {args.output}: {', '.join(written)}")
     return 0

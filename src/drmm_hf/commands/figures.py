@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..evaluation.paper_tables import Result
+
+    Drawn = tuple[Path, Sequence[Result | Path]]  # the figure, and the results that it shows
 
 # How to train and evaluate what a figure needs.
 _TRAIN = {"box": " --head-type box --box-delta-unit pixels", "nll": " --criterion nll", "nll_mcm": ""}
@@ -58,8 +61,54 @@ def run(args: argparse.Namespace) -> int:
         )
         raise ValueError(f"figure is {args.number}; drawn from results are {', '.join(map(str, FIGURES))}.{diagrams}")
     results, strangers = find_results(args.results, resolved_recipe)
-    print(f"written to {FIGURES[args.number](results, strangers, args)}")
+    try:
+        path, used = FIGURES[args.number]([one for one in results if not _overfits(one)], strangers, args)
+    except ValueError:
+        print(*left_out(results, strangers, []), sep="\n", file=sys.stderr)
+        raise
+    print("drawn from", *(f"  {_place(one)}: {_about(one)}" for one in used), sep="\n")
+    print(*left_out(results, strangers, used), f"written to {path}", sep="\n")
     return 0
+
+
+def left_out(results: Sequence[Result], strangers: Sequence[Path], used: Sequence[Result | Path]) -> list[str]:
+    """Say which folders of results a figure does not show, and why.
+
+    Args:
+        results (`Sequence[Result]`): From `drmm_hf.evaluation.paper_tables.find_results`.
+        strangers (`Sequence[Path]`): Likewise.
+        used (`Sequence[Result | Path]`): Those that it shows.
+
+    Returns:
+        `list[str]`: A line a folder.
+    """
+    lines = []
+    for result in results:
+        if _overfits(result):
+            lines.append(f"left out, trained to overfit {result.recipe['overfit']} pictures: {_place(result)}")
+        elif result not in used:
+            lines.append(f"left out, not needed ({_about(result)}): {_place(result)}")
+        for old, new in result.superseded.items():
+            lines.append(f"left out, older than {new}, of the same model and split: {old}")
+    reason = "no recipe.yaml of its run (only Figure 2 takes such, of its data and split)"
+    lines += [f"left out, {reason}: {place}" for place in strangers if place not in used]
+    return lines
+
+
+def _overfits(result: Result) -> bool:
+    return result.recipe["overfit"] is not None
+
+
+def _place(source: Result | Path) -> Path:
+    """Return the folder that figures are from."""
+    if isinstance(source, Path):
+        return source
+    return source.places.get("metrics") or next(iter(source.places.values()), source.run)
+
+
+def _about(source: Result | Path) -> str:
+    """Say what figures are of."""
+    return "no recipe.yaml" if isinstance(source, Path) else f"{_title(source)}; {source.data} {source.split}"
 
 
 def find(number: int, results: Sequence[Result], role: str, file: str, copies: bool = False) -> Result:
@@ -116,77 +165,93 @@ def _per_cent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def figure_2(results: Sequence[Result], strangers: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_2(results: Sequence[Result], strangers: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw the reliability of several detectors, of others too, in the order of the folders."""
     from ..evaluation.calibration import CalibrationResult
+    from ..evaluation.paper_tables import data_name
     from ..visualization.plots import reliability_diagrams
 
-    found = {}
-    for result in _without_selection(results):
-        if "metrics" in result.files:
-            name = _title(result)
-            found[f"{name} ({result.run.name})" if name in found else name] = result.files["metrics"]
-    for place in strangers:
-        about, path = place / "evaluation.json", place / "metrics.json"
-        if path.is_file():
-            name = json.loads(about.read_text())["model"] if about.is_file() else None
-            found[Path(name or place.name).name] = json.loads(path.read_text())
-    if not found:
+    found: dict[tuple[Any, ...], tuple[str, Result | Path, dict[str, Any]]] = {}
+    for result in results:
+        if "metrics" in result.files and result.recipe["top_k_ratio"] is None:
+            key = result.run, result.data, result.split
+            found[key] = _title(result), result, result.files["metrics"]
+    for place in sorted((one for one in strangers if (one / "metrics.json").is_file()), key=_written):
+        path = place / "evaluation.json"
+        about = json.loads(path.read_text()) if path.is_file() else {}
+        model, data = about.get("model") or place, about.get("data")
+        key = model, data and data_name(data), about.get("split")
+        found.pop(key, None)  # an older evaluation of the same
+        found[key] = Path(model).name, place, json.loads((place / "metrics.json").read_text())
+    measured = [key[1:] for key in found if key[1] is not None]  # of saved detections the data may be unknown
+    shown = [one for key, one in found.items() if key[1] is None or key[1:] == max(measured, key=measured.count)]
+    if not shown:
         raise ValueError(
             "figure 2 needs metrics.json of some detectors: drmm evaluate MODEL DATA --output DIR writes it"
         )
-    diagrams = {name: CalibrationResult.from_dict(metrics["reliability"]) for name, metrics in found.items()}
-    notes = [f"above 0.1: {_per_cent(metrics['ECE_0.1'])} %" for metrics in found.values()]
-    return reliability_diagrams(diagrams, args.output, notes=notes)
+    names = [name for name, _, _ in shown]
+    diagrams = {
+        name if names.count(name) == 1 else f"{name} {names[:index].count(name) + 1}": metrics["reliability"]
+        for index, (name, _, metrics) in enumerate(shown)
+    }
+    diagrams = {name: CalibrationResult.from_dict(one) for name, one in diagrams.items()}
+    notes = [f"above 0.1: {_per_cent(metrics['ECE_0.1'])} %" for _, _, metrics in shown]
+    return reliability_diagrams(diagrams, args.output, notes=notes), [source for _, source, _ in shown]
 
 
-def figure_8(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def _written(place: Path) -> float:
+    return (place / "metrics.json").stat().st_mtime
+
+
+def figure_8(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw the reliability of NLL, with NMS and winner-take-all, and of NLL + MCM."""
     from ..evaluation.calibration import CalibrationResult
     from ..visualization.plots import reliability_diagrams
 
     results = _without_selection(results)
-    swept = find(8, results, "nll", "duplicates").files["duplicates"]
+    nll, nll_mcm = find(8, results, "nll", "duplicates"), find(8, results, "nll_mcm", "metrics")
+    swept = nll.files["duplicates"]
     entries = {"NLL": swept["none"]}
     for method in ("nms", "wta"):
         best = swept["best_iou_threshold"]
         entries[f"NLL + {method.upper()}"] = next(one for one in swept[method] if one["iou_threshold"] == best)
-    entries["NLL + MCM"] = find(8, results, "nll_mcm", "metrics").files["metrics"]
+    entries["NLL + MCM"] = nll_mcm.files["metrics"]
     diagrams = {name: CalibrationResult.from_dict(entry["reliability"]) for name, entry in entries.items()}
     notes = [f"AP {_per_cent(entry['AP'])} %" for entry in entries.values()]
-    return reliability_diagrams(diagrams, args.output, notes=notes)
+    return reliability_diagrams(diagrams, args.output, notes=notes), [nll, nll_mcm]
 
 
-def figure_9(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_9(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw the reliability of class probability, objectness and their product."""
     from ..evaluation.calibration import CalibrationResult
     from ..visualization.plots import reliability_diagrams
 
-    kinds = find(9, _without_selection(results), "nll_mcm", "calibration").files["calibration"]["kinds"]
+    result = find(9, _without_selection(results), "nll_mcm", "calibration")
+    kinds = result.files["calibration"]["kinds"]
     names = {
         "class_probability": "class probability p",
         "objectness": "objectness o",
         "confidence": "confidence p · o",
     }
     diagrams = {name: CalibrationResult.from_dict(kinds[key]["reliability"]) for key, name in names.items()}
-    return reliability_diagrams(diagrams, args.output, ["p", "o", "p · o"])
+    return reliability_diagrams(diagrams, args.output, ["p", "o", "p · o"]), [result]
 
 
-def figure_7(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_7(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw AP against the IoU threshold of NMS."""
     from ..visualization.paper_figures import nms_curves
 
     results, curves = _without_selection(results), {}
-    for role in ("box", "nll", "nll_mcm"):
-        result = find(7, results, role, "duplicates")
+    used = [find(7, results, role, "duplicates") for role in _ROLES]
+    for role, result in zip(_ROLES, used, strict=True):
         swept = result.files["duplicates"]
         name = _ROLES[role].format(_DECODERS[result.recipe["decoder_type"]])
         points = {entry["iou_threshold"]: entry["AP"] for entry in swept["nms"]} | {1.0: swept["none"]["AP"]}
         curves[name] = list(points.items())
-    return nms_curves(curves, args.output)
+    return nms_curves(curves, args.output), used
 
 
-def figure_10(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_10(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw AP against speed: the published points, and beside them what was measured here."""
     from ..evaluation.paper_tables import paper_table
     from ..visualization.paper_figures import speed_diagram
@@ -198,30 +263,33 @@ def figure_10(results: Sequence[Result], _: Sequence[Path], args: argparse.Names
                 (row.figures["FPS"], row.figures["AP"] / 100, row.labels[1])
             )
     panels = {"Published: COCO test-dev, TITAN RTX": published}
-    return speed_diagram(panels | _measured_speeds(_without_selection(results), _title, lambda _: ""), args.output)
+    measured, used = _measured_speeds(_without_selection(results), _title, lambda _: "")
+    return speed_diagram(panels | measured, args.output), used
 
 
-def _measured_speeds(results: Sequence[Result], series: Any, word: Any) -> dict[str, dict]:
-    """Return the panel of what was measured here: results with AP and pictures a second on one kind of device."""
+def _measured_speeds(results: Sequence[Result], series: Any, word: Any) -> tuple[dict[str, dict], list[Result]]:
+    """Return the panel of what was measured here, results with AP and pictures a second, and these results."""
     measured: dict[str, list[tuple[float, float, str]]] = {}
-    places = set()
+    places, used = set(), []
     for result in results:
         speed = result.files.get("cost", {}).get("pictures_per_second")
         if speed is not None and "metrics" in result.files:
             measured.setdefault(series(result), []).append((speed, result.files["metrics"]["AP"], word(result)))
+            used.append(result)
             places.add(f"{result.data} {result.split}, {result.files['cost']['device']}")
     if not measured:
         print("no speed was measured here: drmm benchmark cost RUN/best --speed --output RUN/cost.json")
-        return {}
-    return {f"Here: {' and '.join(sorted(places))}": measured}
+        return {}, []
+    return {f"Here: {' and '.join(sorted(places))}": measured}, used
 
 
-def figure_11(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_11(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw AP against the share of queries that is kept."""
     from ..visualization.paper_figures import selection_curves
 
     values: dict[str, dict[float, list[float]]] = {}
-    for result in sorted(_selected(11, results), key=lambda result: result.recipe["num_queries"]):
+    used = sorted(_selected(11, results), key=lambda result: result.recipe["num_queries"])
+    for result in used:
         name, ratio = f"{_title(result)}, {result.recipe['num_queries']} queries", result.recipe["top_k_ratio"] or 1.0
         values.setdefault(name, {}).setdefault(ratio, []).append(result.files["metrics"]["AP"])
     curves = {
@@ -229,10 +297,10 @@ def figure_11(results: Sequence[Result], _: Sequence[Path], args: argparse.Names
         for name, ratios in values.items()
         if len(ratios) > 1
     }
-    return selection_curves(curves, args.output)
+    return selection_curves(curves, args.output), used
 
 
-def figure_12(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_12(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw AP against speed, with and without a selection of queries."""
     from ..visualization.paper_figures import speed_diagram
 
@@ -240,13 +308,13 @@ def figure_12(results: Sequence[Result], _: Sequence[Path], args: argparse.Names
         ratio = result.recipe["top_k_ratio"]
         return f"#{result.recipe['num_queries']}" + ("" if ratio is None else f" Top-{ratio:g}")
 
-    panels = _measured_speeds(_selected(12, results), _title, word)
+    panels, used = _measured_speeds(_selected(12, results), _title, word)
     if not panels:
         raise ValueError(
             "figure 12 needs speeds: drmm benchmark cost RUN/best --speed --top-k-ratio 0.7 "
             "--output RUN/top0.7/cost.json"
         )
-    return speed_diagram(panels, args.output)
+    return speed_diagram(panels, args.output), used
 
 
 def _selected(number: int, results: Sequence[Result]) -> Sequence[Result]:
@@ -270,19 +338,18 @@ def _pictures(result: Result, data: str | None) -> tuple[Any, Mapping[str, Any]]
     return load_split(dataclasses.replace(arguments, source=source, val_split=result.split), "val")
 
 
-def _detections(number: int, results: Sequence[Result], data: str | None) -> tuple[dict[str, Any], Any]:
-    """Return the detections of the five models of Figure 15 by name, and the pictures."""
+def _detections(number: int, results: Sequence[Result], data: str | None) -> tuple[dict[str, Any], Any, list[Result]]:
+    """Return the detections of the five models of Figure 15 by name, the pictures, and the results they are from."""
     from ..data.labels import LabelMap
     from ..evaluation.deduplication import deduplicate
     from ..evaluation.detections import Detections
 
     results, found = _without_selection(results), {}
-    for role in ("box", "nll", "nll_mcm"):
-        result = find(number, results, role, "metrics")
+    used = [find(number, results, role, "metrics") for role in _ROLES]
+    for role, result in zip(_ROLES, used, strict=True):
         dataset, annotations = _pictures(result, data)
         label_map = LabelMap.from_categories(annotations["categories"])
-        place = next(place for place in result.places if (place / "detections.json").is_file())
-        read = Detections.load(place / "detections.json", label_map, dataset["image_id"])
+        read = Detections.load(result.places["metrics"] / "detections.json", label_map, dataset["image_id"])
         name = _ROLES[role].format(_DECODERS[result.recipe["decoder_type"]])
         found[name + _figures(result.files["metrics"])] = read
         if role == "nll":
@@ -292,7 +359,7 @@ def _detections(number: int, results: Sequence[Result], data: str | None) -> tup
                 entries = [] if swept is None else [one for one in swept[method] if one["iou_threshold"] == iou]
                 figures = _figures(entries[0]) if entries else ""
                 found[f"NLL + {method.upper()}{figures}"] = deduplicate(read, method, iou)[0]
-    return found, dataset
+    return found, dataset, used
 
 
 def _figures(entry: Mapping[str, Any]) -> str:
@@ -317,11 +384,11 @@ def _image(dataset: Any, image_id: int) -> Image:
     return load_image(dataset.cast_column("image", datasets.Image(decode=False))[row])
 
 
-def figure_6(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_6(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw the boxes of four models on one picture, with their AP / AR."""
     from ..visualization.plots import confidence_boxes
 
-    found, dataset = _detections(6, results, args.data)
+    found, dataset, used = _detections(6, results, args.data)
     (image_id, *_) = _chosen(found, args.image_ids, 1)
     image = _image(dataset, image_id)
     names = list(found)
@@ -329,21 +396,21 @@ def figure_6(results: Sequence[Result], _: Sequence[Path], args: argparse.Namesp
     for letter, index in zip("abcd", (0, 1, 4, 3), strict=True):
         part = found[names[index]][image_id]
         panels.append((f"({letter}) {names[index]}", image, part["boxes"], part["scores"]))
-    return confidence_boxes(panels, args.output)
+    return confidence_boxes(panels, args.output), used
 
 
-def figure_15(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_15(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw the boxes of five models on the same pictures, with their AP / AR."""
     from ..visualization.paper_figures import confidence_grid
 
-    found, dataset = _detections(15, results, args.data)
+    found, dataset, used = _detections(15, results, args.data)
     chosen = _chosen(found, args.image_ids, 4)
     images = {image_id: _image(dataset, image_id) for image_id in chosen}
     rows = {
         name: [(images[one], part[one]["boxes"], part[one]["scores"]) for one in chosen]
         for name, part in found.items()
     }
-    return confidence_grid({name.replace(", ", "\n"): row for name, row in rows.items()}, args.output)
+    return confidence_grid({name.replace(", ", "\n"): row for name, row in rows.items()}, args.output), used
 
 
 def _corners(bbox: Sequence[float]) -> list[float]:
@@ -362,7 +429,7 @@ def _overlaps(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]
     return box_iou(*sides).numpy()
 
 
-def figure_13(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_13(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw predictions that fit an object well and yet are trained as background."""
     from ..visualization.paper_figures import assignment_diagram
 
@@ -401,10 +468,10 @@ def figure_13(results: Sequence[Result], _: Sequence[Path], args: argparse.Names
         "positive": "prediction that is matched: positive",
         "negative": "prediction that fits and is not: negative",
     }
-    return assignment_diagram(panels, names, args.output)
+    return assignment_diagram(panels, names, args.output), [result]
 
 
-def figure_14(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Path:
+def figure_14(results: Sequence[Result], _: Sequence[Path], args: argparse.Namespace) -> Drawn:
     """Draw the predictions that copies of one ground truth are matched to."""
     from ..visualization.paper_figures import assignment_diagram
 
@@ -431,7 +498,7 @@ def figure_14(results: Sequence[Result], _: Sequence[Path], args: argparse.Names
         "positive": f"best assignment of {copies}",
         "negative": "the others, which learn the same class",
     }
-    return assignment_diagram(panels, names, args.output)
+    return assignment_diagram(panels, names, args.output), [result]
 
 
 def _wanted(shown: list[tuple], image_ids: Sequence[int] | None, count: int) -> list[tuple]:

@@ -6,7 +6,11 @@ import argparse
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", default="runs/predict", metavar="DIR", help="where to write (default: runs/predict)"
     )
     parser.add_argument(
-        "--threshold", type=float, help="smallest score (default: what the model folder has, else 0.5)"
+        "--threshold", type=float, help="show scores above it (default: what the model folder has, else 0.5)"
     )
     parser.add_argument(
         "--interval",
@@ -58,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
     from transformers.utils import logging
 
+    from ..evaluation.files import write_text
     from ..evaluation.likelihood import check_density
     from ..evaluation.predict import load_detector, predict
     from ..modeling.mixture import central_quantile, tail_freedom
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = dataset.cast_column("image", datasets.Image())
     model, processor = load_detector(name, args.device)
     config, top_k, freedom = model.config, 100, 1.0
+    limits = thresholds(args.threshold, getattr(processor, "score_threshold", None), config.num_labels)
     if args.interval is not None or args.density:
         check_density(config)
         freedom = tail_freedom(config.coordinate_distribution, config.student_t_freedom)
@@ -84,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     places = (_drawn_paths(paths, output), _drawn_paths(paths, output, "_density.png"))
     for path, row, drawn_path, density_path in zip(paths, dataset, *places, strict=True):
         result = detections[row["image_id"]]
-        result = {name: values[_kept(result, args.threshold, processor)] for name, values in result.items()}
+        result = {name: values[result["scores"] > limits[result["labels"]]] for name, values in result.items()}
         if args.interval is not None:
             reach = central_quantile(args.interval, freedom) * result["box_scales"]
             result["box_intervals"] = np.stack([result["boxes"] - reach, result["boxes"] + reach], axis=-1)
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             record["density"] = str(density_path)
         records.append(record)
     text = json.dumps(records, indent=1)
-    (output / "predictions.json").write_text(text + "\n")
+    write_text(output / "predictions.json", text + "\n")
     print(text if args.json else _lines(records))
     return 0
 
@@ -137,13 +143,21 @@ def find_pictures(places: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _kept(result: Mapping[str, Any], threshold: float | None, processor: Any) -> Any:
-    """Tell which detections of a picture score enough; without a threshold by that of the processor, if it has one."""
-    if threshold is None:
-        saved = getattr(processor, "score_threshold", None)
-        threshold = 0.5 if saved is None else saved
-    limits = [threshold[label] for label in result["labels"]] if isinstance(threshold, list) else threshold
-    return result["scores"] >= limits
+def thresholds(asked: float | None, saved: float | list[float] | None, num_classes: int) -> np.ndarray:
+    """Return the score above which detections of each class are kept, as post-processing keeps them.
+
+    Args:
+        asked (`float`, *optional*): For all classes, whatever is saved.
+        saved (`float` or `list[float]`, *optional*): `score_threshold` of the processor.
+        num_classes (`int`): Number of classes of the model.
+
+    Returns:
+        `np.ndarray` of shape `(num_classes,)`: In float32, as scores are; 0.5 where nothing is asked for or saved.
+    """
+    import numpy as np
+
+    chosen = next(one for one in (asked, saved, 0.5) if one is not None)
+    return np.broadcast_to(np.asarray(chosen, dtype=np.float32), (num_classes,))
 
 
 def _box(values: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:

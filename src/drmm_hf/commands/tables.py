@@ -80,6 +80,13 @@ def run(args: argparse.Namespace) -> int:
     for place in strangers:
         print(f"left out, no recipe.yaml of its run: {place}", file=sys.stderr)
     blocks = measured_blocks(table, results)
+    shown = [result for block in blocks for row in block.rows for result in row.results]
+    for result in results:
+        if result not in shown:
+            about = f"{result.data} {result.split}"
+            print(f"left out, no row of table {args.number} is of it ({about}): {result.run}", file=sys.stderr)
+        for old, new in result.superseded.items():
+            print(f"left out, older than {new}, of the same model and split: {old}", file=sys.stderr)
     if args.json:
         print(json.dumps(as_json(table, blocks), indent=2))
     else:
@@ -184,11 +191,11 @@ def measure_rest(table: Table, folder: Path) -> None:
     from ..data.labels import LabelMap
     from ..evaluation.deduplication import sweep
     from ..evaluation.detections import Detections
+    from ..evaluation.files import write_json
     from ..evaluation.likelihood import likelihoods, summarize
     from ..evaluation.predict import load_detector
     from ..training.arguments import load_recipe
     from ..training.build import load_split
-    from ..training.checkpoint import write_text
 
     kinds = {
         "duplicates": any(row.evaluation for row in table.rows),
@@ -213,7 +220,7 @@ def measure_rest(table: Table, folder: Path) -> None:
 
             model, _ = load_detector(str(folder / "best"))
             content = model_cost(model, 800, 1280)
-        write_text(folder / f"{name}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_json(content, folder / f"{name}.json")
 
 
 def lines_of(table: Table, blocks: Sequence[Block], form: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .calibration import expected_calibration_error
-from .coco_metrics import annotation_area, columns, load_annotations, mean_of_defined, run_hotcoco
+from .coco_metrics import Columns, annotation_area, columns, load_annotations, mean_of_defined, run_hotcoco
 from .matches import COCO_IOU_THRESHOLDS, match
 
 
@@ -127,7 +127,8 @@ def breakdown(
         predictions. `errors` are `tide_errors`, None without hotcoco. What is not defined is None.
     """
     annotations = load_annotations(annotations)
-    truth, boxes = columns(annotations["annotations"]), columns(detections_coco).boxes
+    truth, found = columns(annotations["annotations"]), columns(detections_coco)
+    boxes = found.boxes
     counts = dict(zip(truth.image_ids.tolist(), object_counts(annotations).tolist(), strict=True))
     pictures = np.array([counts.get(entry["image_id"], 0.0) for entry in detections_coco])
     axes = {
@@ -142,14 +143,14 @@ def breakdown(
         _, objects, predictions = axes[name]
         members = _inside(objects, low, high)
         alike = None if predictions is None else _inside(predictions, low, high)
-        figures = bin_figures(annotations, detections_coco, members, alike, top_k)
+        figures = bin_figures(annotations, found, members, alike, top_k)
         report[name].append({"low": low, "high": None if math.isinf(high) else high} | figures)
     return report | {"errors": tide_errors(annotations, detections_coco)}
 
 
 def bin_figures(
     annotations: Mapping[str, Any],
-    detections_coco: Sequence[Mapping[str, Any]],
+    detections_coco: Sequence[Mapping[str, Any]] | Columns,
     members: np.ndarray,
     alike: np.ndarray | None,
     top_k: int = 100,
@@ -158,7 +159,7 @@ def bin_figures(
 
     Args:
         annotations (`Mapping`): Content of a COCO file.
-        detections_coco (`Sequence[Mapping]`): COCO results.
+        detections_coco (`Sequence[Mapping]` or `Columns`): COCO results.
         members (`np.ndarray` of shape `(m,)`): Which annotations are in the bin.
         alike (`np.ndarray` of shape `(n,)`, *optional*): Which predictions are in the bin if they find no object.
             None: it cannot be told, and only recall is measured.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from drmm_hf.data.coco import categories
+
+from .files import read_json
 
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
     Raises:
         ValueError: If one of the three is missing.
     """
-    content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
-    missing = {"images", "annotations", "categories"} - set(content)
+    content = source if isinstance(source, Mapping) else read_json(source)
+    missing = {"images", "annotations", "categories"} - set(content if isinstance(content, Mapping) else ())
     if missing:
         name = "annotations" if isinstance(source, Mapping) else str(source)
         raise ValueError(f"{name} has no {', '.join(sorted(missing))}; a COCO file has all three.")
@@ -79,15 +80,17 @@ class Columns(NamedTuple):
     scores: np.ndarray
 
 
-def columns(records: Sequence[Mapping[str, Any]]) -> Columns:
+def columns(records: Sequence[Mapping[str, Any]] | Columns) -> Columns:
     """Return records of COCO as arrays.
 
     Args:
-        records (`Sequence[Mapping]`): Annotations or results.
+        records (`Sequence[Mapping]` or `Columns`): Annotations or results; columns are returned as they are.
 
     Returns:
         `Columns`: In the same order.
     """
+    if isinstance(records, Columns):
+        return records
     return Columns(
         np.array([record["image_id"] for record in records], dtype=np.int64),
         np.array([record["category_id"] for record in records], dtype=np.int64),
@@ -261,18 +264,23 @@ def first_few(values: Iterable[Any], count: int = 5) -> str:
     return ", ".join(map(str, values[:count])) + (", ..." if len(values) > count else "")
 
 
-def check_known(content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> None:
+def check_known(content: Mapping[str, Any], detections: Sequence[Mapping[str, Any]] | Columns) -> None:
     """Refuse detections in pictures or of categories that the annotations do not have.
 
     Args:
         content (`Mapping`): What a COCO json file holds.
-        detections (`Sequence[Mapping]`): COCO results.
+        detections (`Sequence[Mapping]` or `Columns`): COCO results.
 
     Raises:
         ValueError: If there is one; the message names some.
     """
-    for key, known in (("image_id", content["images"]), ("category_id", content["categories"])):
-        unknown = {entry[key] for entry in detections} - {record["id"] for record in known}
+    given = {"image_id": content["images"], "category_id": content["categories"]}
+    for index, (key, known) in enumerate(given.items()):
+        if isinstance(detections, Columns):
+            found = np.unique(detections[index]).tolist()
+        else:
+            found = [entry[key] for entry in detections]
+        unknown = {*found} - {record["id"] for record in known}
         if unknown:
             raise ValueError(
                 f"detections have {key} {first_few(sorted(unknown))}, which the annotations do not have: "

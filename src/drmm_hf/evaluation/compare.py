@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,8 @@ from drmm_hf.data.loading import load_image
 
 from .coco_metrics import load_annotations
 from .detections import Detections
-from .evaluate import evaluate, measure
+from .evaluate import category_of_label, evaluate, measure
+from .files import read_json, write_json
 from .likelihood import has_density, likelihoods
 from .matches import match
 from .predict import predict
@@ -62,9 +62,15 @@ def compare(
         own threshold.
 
     Raises:
-        ValueError: What `evaluate` and `measure` raise.
+        ValueError: What `evaluate` and `measure` raise; before the work if a model has other classes.
     """
     annotations, output_dir = load_annotations(annotations), Path(output_dir)
+    for name, detector in detectors.items():
+        if not isinstance(detector, Detections):
+            try:
+                category_of_label(detector[0].config, annotations["categories"])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     mapping = dict(enumerate(LabelMap.from_categories(annotations["categories"]).category_ids))
     models, errors = {}, {}
     for number, (name, detector) in enumerate(detectors.items(), start=1):
@@ -78,7 +84,7 @@ def compare(
             if has_density(detector[0].config):
                 found = likelihoods(*detector, dataset, annotations, **options)
                 nll = float((found.nll[-1] - found.log_scales).mean())
-        entries = json.loads((folder / "detections.json").read_text())
+        entries = read_json(folder / "detections.json")
         curves = threshold_curves(annotations, entries, top_k)["all"]
         threshold = 1.0 if curves is None or curves["best_threshold"] is None else curves["best_threshold"]
         errors[name] = picture_errors(annotations, entries, threshold, top_k)
@@ -100,9 +106,7 @@ def compare(
         {"image_id": one, "file_name": names[one], "errors": {name: part[one] for name, part in errors.items()}}
         for one in largest_differences(list(errors.values()))
     ]
-    result = {"models": models, "pictures": pictures}
-    (output_dir / "compare.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    return result
+    return write_json({"models": models, "pictures": pictures}, output_dir / "compare.json")
 
 
 def picture_errors(

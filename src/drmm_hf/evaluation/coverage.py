@@ -32,6 +32,7 @@ _IOU_THRESHOLD = 0.5
 _SMALLEST_SCALE = 1e-9  # pixels, as in the model's density
 _NUM_SAMPLES = 256  # of a sequence that fills space evenly, hence few
 _ROWS_AT_ONCE = 1024
+_FLOOR_SHARE = 0.01  # more scales than this have the smallest ratio by a floor, not by chance
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class MatchedBoxes:
     def errors(self) -> np.ndarray:
         """How many scales each side is off: `(n, 4)`."""
         return np.abs(self.annotated - self.predicted) / self.scales
+
+    @property
+    def scale_ratios(self) -> np.ndarray:
+        """How large each scale is beside the width or height of its box: `(n, 4)`."""
+        return self.scales / np.tile(self.predicted[:, 2:] - self.predicted[:, :2], 2)
 
 
 def matched_boxes(
@@ -123,7 +129,9 @@ def coverage_report(
 
     Returns:
         `dict`: `num_matched`, `num_ground_truths`, `freedom` (None: infinity), `levels` (nominal coverages),
-        `best_scale_factor` (fitted to these very predictions), and the groups `predicted` and, with `scale_factor`,
+        `best_scale_factor` (fitted to these very predictions), `smallest_scale_ratio` (of a scale to the width or
+        height of its box) and `share_at_smallest`, the share of scales that have this ratio to a thousandth: those
+        that a floor such as `min_scale_ratio` holds; and the groups `predicted` and, with `scale_factor`,
         `rescaled`. A group holds `scale_factor`, the observed coverages at the levels of `all` sides and of `left`,
         `top`, `right` and `bottom`, `all_interval` (95 % intervals of `all`, bootstrapped over pictures) and
         `expected`, what `all` would be if the density were right.
@@ -137,12 +145,15 @@ def coverage_report(
     if scale_factor is not None:
         rescaled = replace(matched, scales=scale_factor * matched.scales)
         groups["rescaled"] = _coverage(rescaled, freedom) | {"scale_factor": scale_factor}
+    ratios = matched.scale_ratios
     return {
         "num_matched": len(matched.predicted),
         "num_ground_truths": sum(not record.get("iscrowd") for record in annotations["annotations"]),
         "freedom": None if np.isinf(freedom) else freedom,
         "levels": list(LEVELS),
         "best_scale_factor": fit_scale_factor(matched, freedom),
+        "smallest_scale_ratio": float(ratios.min()),
+        "share_at_smallest": float((ratios <= 1.001 * ratios.min()).mean()),
         **groups,
     }
 
@@ -175,6 +186,9 @@ def coverage_table(report: Mapping[str, Any]) -> str:
         f"sides of the {report['num_matched']} correct predictions of {report['num_ground_truths']} objects",
         "expected: of a right density under the same matching",
     ]
+    if report["share_at_smallest"] > _FLOOR_SHARE:
+        share, ratio = f"{100 * report['share_at_smallest']:.1f}", f"{report['smallest_scale_ratio']:.4g}"
+        lines.append(f"{share} % of their scales are at the floor (min_scale_ratio), {ratio} of the box's own side")
     if report["best_scale_factor"] is not None:
         factor = f"{report['best_scale_factor']:.3f}"
         lines.append(f"{factor} is the factor on the scales that would be right for half of these sides")

@@ -82,21 +82,8 @@ def deduplicate(detections: Detections, method: Literal["nms", "wta"], iou_thres
     Raises:
         ValueError: If the threshold lies outside [0, 1].
     """
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold is {iou_threshold}; the rule is a number in [0, 1].")
-    merged, num_capped = Detections(), 0
-    for image_id in detections:
-        result = detections[image_id]
-        winners = _winners(result, iou_threshold)
-        remains = winners == np.arange(len(winners))
-        kept = {name: array[remains] for name, array in result.items()}
-        if method == "wta":
-            sums = np.bincount(winners, weights=result["scores"], minlength=len(winners))
-            # Scores have float32's precision: what exceeds 1 by less is rounding.
-            num_capped += int((sums > 1 + np.finfo(np.float32).eps).sum())
-            kept["scores"] = np.minimum(sums, 1.0)[remains]
-        merged.add(image_id, kept)
-    return merged, num_capped
+    (winners,) = _winners_of(detections, [iou_threshold])
+    return _suppress(detections, winners, method)
 
 
 def sweep(
@@ -132,9 +119,10 @@ def sweep(
     none = _figures(detections, annotations, label_map, top_k) | {"num_removed": 0, "num_capped": 0}
     swept: dict[str, Any] = {"none": none, "nms": [], "wta": []}
     hidden = None if progress else True  # None: shown on a terminal
-    steps = [(method, threshold) for method in ("nms", "wta") for threshold in iou_thresholds]
-    for method, threshold in tqdm(steps, desc="removing duplicates", delay=2, disable=hidden, leave=False):
-        kept, num_capped = deduplicate(detections, method, threshold)
+    winners = _winners_of(detections, iou_thresholds)
+    steps = [(method, *step) for method in ("nms", "wta") for step in zip(iou_thresholds, winners, strict=True)]
+    for method, threshold, winner in tqdm(steps, desc="removing duplicates", delay=2, disable=hidden, leave=False):
+        kept, num_capped = _suppress(detections, winner, method)
         num_removed = detections.num_boxes - kept.num_boxes
         figures = none if num_removed == 0 else _figures(kept, annotations, label_map, top_k)
         counts = {"num_removed": num_removed, "num_capped": num_capped}
@@ -148,8 +136,8 @@ def _example(detections: Detections, iou_threshold: float | None) -> dict[str, A
     """Return the picture that NMS changes most, before and after."""
     if not len(detections) or iou_threshold is None:
         return None
-    found = {"none": detections}
-    found |= {method: deduplicate(detections, method, iou_threshold)[0] for method in ("nms", "wta")}
+    (winners,) = _winners_of(detections, [iou_threshold])
+    found = {"none": detections} | {method: _suppress(detections, winners, method)[0] for method in ("nms", "wta")}
     confident = {name: {one: int((part[one]["scores"] > 0.1).sum()) for one in part} for name, part in found.items()}
     most = max(detections, key=lambda one: confident["none"][one] - confident["nms"][one])
     fields = {name: part[most] for name, part in found.items()}
@@ -181,17 +169,49 @@ def _figures(
     }
 
 
-def _winners(result: Mapping[str, np.ndarray], iou_threshold: float) -> np.ndarray:
+def _winners_of(detections: Detections, iou_thresholds: Sequence[float]) -> list[dict[int, np.ndarray]]:
+    """Return by picture what `_winners` does, one dict a threshold."""
+    for threshold in iou_thresholds:
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"iou_threshold is {threshold}; the rule is a number in [0, 1].")
+    found = {image_id: _winners(detections[image_id], iou_thresholds) for image_id in detections}
+    return [{image_id: each[index] for image_id, each in found.items()} for index in range(len(iou_thresholds))]
+
+
+def _winners(result: Mapping[str, np.ndarray], iou_thresholds: Sequence[float]) -> list[np.ndarray]:
     """Return for each box of a picture, sorted by score, the index of the box that suppresses it; its own if none.
 
     `torchvision.ops.batched_nms` keeps the same boxes but does not say which one a box was suppressed by. It also
     moves classes apart by the largest coordinate, which boxes over the left or upper border defeat.
     """
     boxes, labels = torch.from_numpy(result["boxes"]), result["labels"]
-    overlaps = (box_iou(boxes, boxes).numpy() > iou_threshold) & (labels[:, None] == labels)
-    winners = np.full(len(labels), -1)
-    for index in range(len(labels)):
-        if winners[index] < 0:
-            winners[overlaps[index] & (winners < 0)] = index
-            winners[index] = index  # also where a box without area does not overlap itself
-    return winners
+    ious = np.where(labels[:, None] == labels, box_iou(boxes, boxes).numpy(), 0)
+    np.fill_diagonal(ious, 0)
+    found = []
+    for threshold in iou_thresholds:
+        overlaps, winners = ious > threshold, np.arange(len(labels))
+        free = np.ones(len(labels), dtype=bool)
+        for index in np.flatnonzero(overlaps.any(axis=1)).tolist():  # the others neither suppress nor are suppressed
+            if free[index]:
+                free[index] = False
+                winners[overlaps[index] & free] = index
+                free &= ~overlaps[index]
+        found.append(winners)
+    return found
+
+
+def _suppress(
+    detections: Detections, winners: Mapping[int, np.ndarray], method: Literal["nms", "wta"]
+) -> tuple[Detections, int]:
+    """Leave out the boxes that others suppress, and tell how many sums of confidences were stopped at 1."""
+    merged, num_capped = Detections(), 0
+    for image_id, winner in winners.items():
+        remains = winner == np.arange(len(winner))
+        kept = {name: array[remains] for name, array in detections[image_id].items()}
+        if method == "wta":
+            sums = np.bincount(winner, weights=detections[image_id]["scores"], minlength=len(winner))
+            # Scores have float32's precision: what exceeds 1 by less is rounding.
+            num_capped += int((sums > 1 + np.finfo(np.float32).eps).sum())
+            kept["scores"] = np.minimum(sums, 1.0)[remains]
+        merged.add(image_id, kept)
+    return merged, num_capped

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from drmm_hf.data.labels import LabelMap
+
+from .files import read_json, write_text
 
 
 # Field of a result -> (width of a row, its key in a COCO result). The first three are always there.
@@ -21,6 +25,8 @@ _OPTIONAL = {
 }
 _SHAPES = {"boxes": (4,), "scores": (), "labels": (), **{name: shape for name, (shape, _) in _OPTIONAL.items()}}
 _INTEGERS = ("labels", "query_indices")
+_LARGEST = float(np.finfo(np.float32).max)
+_NUMBERS = (float, int, np.floating, np.integer)
 
 
 class Detections:
@@ -104,7 +110,12 @@ class Detections:
 
         Returns:
             `Detections`: A new object; this one is unchanged.
+
+        Raises:
+            ValueError: If `k` is below 1.
         """
+        if k < 1:
+            raise ValueError(f"top_k is {k}; the rule is at least 1.")
         kept = Detections()
         for image_id, result in self._images.items():
             kept.add(image_id, {name: array[:k] for name, array in result.items()})
@@ -197,17 +208,23 @@ class Detections:
 
         Returns:
             `Detections`: The same as was written.
+
+        Raises:
+            ValueError: If the file is damaged.
         """
         detections = cls()
-        with np.load(path, allow_pickle=False) as arrays:
-            detections._images = {image_id: {} for image_id in arrays["image_ids"].tolist()}
-            for name in _SHAPES:
-                counts = arrays[f"{name}_count"]
-                stops = np.cumsum(np.maximum(counts, 0))
-                rows = arrays[name] if (counts >= 0).any() else None
-                for result, count, stop in zip(detections._images.values(), counts, stops, strict=True):
-                    if count >= 0:
-                        result[name] = rows[stop - count : stop]
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                detections._images = {image_id: {} for image_id in arrays["image_ids"].tolist()}
+                for name in _SHAPES:
+                    counts = arrays[f"{name}_count"]
+                    stops = np.cumsum(np.maximum(counts, 0))
+                    rows = arrays[name] if (counts >= 0).any() else None
+                    for result, count, stop in zip(detections._images.values(), counts, stops, strict=True):
+                        if count >= 0:
+                            result[name] = rows[stop - count : stop]
+        except (BadZipFile, EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
         return detections
 
     def to_coco(self, label_map: LabelMap) -> list[dict[str, Any]]:
@@ -223,12 +240,15 @@ class Detections:
         Returns:
             `list[dict]`: Picture after picture, each by falling score.
         """
-        entries = []
+        entries, category_ids = [], np.array(label_map.category_ids)
         for image_id, result in self._images.items():
             boxes = _xywh(result["boxes"])
             kept = _has_size(boxes)
+            labels = result["labels"][kept]
+            for label in labels[(labels < 0) | (labels >= len(category_ids))].tolist():
+                label_map.category_id(label)  # which refuses it
             columns = {
-                "category_id": [label_map.category_id(label) for label in result["labels"][kept].tolist()],
+                "category_id": category_ids[labels].tolist(),
                 "bbox": boxes[kept].tolist(),
                 "score": _decimals(result["scores"][kept]),
             }
@@ -255,13 +275,12 @@ class Detections:
             `Detections`: The pictures of `image_ids` first, in that order.
 
         Raises:
-            ValueError: If an entry lacks one of COCO's keys, or its category is not in the label map.
+            ValueError: If an entry lacks one of COCO's keys or holds something else there, or its category is not in
+                the label map; the message has its position.
         """
         groups: dict[int, list[Mapping[str, Any]]] = {int(image_id): [] for image_id in image_ids}
         for position, entry in enumerate(entries):
-            missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
-            if missing:
-                raise ValueError(f"entry {position} has no {', '.join(missing)}; a COCO result has all four keys.")
+            _check_entry(position, entry, label_map)
             groups.setdefault(int(entry["image_id"]), []).append(entry)
         detections = cls()
         for image_id, group in groups.items():
@@ -286,7 +305,7 @@ class Detections:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_coco(label_map)))
+        write_text(path, json.dumps(self.to_coco(label_map)))
 
     @classmethod
     def load(cls, path: str | Path, label_map: LabelMap, image_ids: Iterable[int] = ()) -> Detections:
@@ -301,12 +320,59 @@ class Detections:
             `Detections`: What the file holds.
 
         Raises:
-            ValueError: If it holds no COCO results, or of unknown categories.
+            ValueError: If it holds no COCO results, or of unknown categories; the message names the file.
         """
-        entries = json.loads(Path(path).read_text())
+        entries = read_json(path)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{path} holds a {type(entries).__name__}; COCO results are a list of dicts.")
-        return cls.from_coco(entries, label_map, image_ids)
+        try:
+            return cls.from_coco(entries, label_map, image_ids)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether json has a number here that float32 can hold."""
+    return isinstance(value, _NUMBERS) and value is not True and value is not False and -_LARGEST <= value <= _LARGEST
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and value == int(value)
+
+
+def _is_score(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _are_four(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_number, value))
+
+
+# Key of a COCO result -> (whether a value may stand there, the rule in words); the first four must be there.
+_RULES = {
+    "image_id": (_is_whole, "a whole number"),
+    "category_id": (_is_whole, "a whole number"),
+    "bbox": (_are_four, "4 numbers, x, y, width and height"),
+    "score": (_is_score, "a number in [0, 1]"),
+    "query": (_is_whole, "a whole number"),
+    "objectness": (_is_number, "a number"),
+    "class_probability": (_is_number, "a number"),
+    "box_scales": (lambda value: _are_four(value) and min(value) >= 0, "4 numbers of at least 0"),
+}
+
+
+def _check_entry(position: int, entry: Mapping[str, Any], label_map: LabelMap) -> None:
+    """Refuse what is no COCO result."""
+    missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
+    if missing:
+        raise ValueError(f"entry {position} has no {', '.join(missing)}; a COCO result has all four keys.")
+    for key, (is_right, rule) in _RULES.items():
+        if key in entry and not is_right(entry[key]):
+            raise ValueError(f"{key} of entry {position} is {str(entry[key])[:80]!r}; the rule is {rule}.")
+    try:
+        label_map.label(entry["category_id"])
+    except ValueError as error:
+        raise ValueError(f"entry {position}: {error}") from None
 
 
 def _array(name: str, values: Any, image_id: int) -> np.ndarray:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,8 @@ from .calibration import expected_calibration_error, match_predictions
 from .coco_metrics import coco_metrics, first_few, ground_truth, load_annotations
 from .deduplication import deduplicate
 from .detections import Detections
-from .parts import predict_parts
+from .output_folder import write_figures
+from .parts import predict_parts, remove_parts
 
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def evaluate(
     """Measure a detector: run it over every annotated picture and compare with the untouched annotations.
 
     Detections are written to `output_dir/parts` as they are found. A call that was killed goes on from there when it
-    is repeated; the folder is removed in the end.
+    is repeated; they are removed in the end.
 
     Args:
         model (`torch.nn.Module`): Any transformers object detector.
@@ -92,7 +91,7 @@ def evaluate(
     options = {"top_k": top_k, "nms": nms, "wta": wta, "calibration": getattr(processor, "calibration", None)}
     metrics = measure(detections, annotations, mapping, output_dir, **options)
     if folder is not None:
-        shutil.rmtree(folder)
+        remove_parts(folder)
     return metrics
 
 
@@ -137,6 +136,38 @@ def measure(
         100; here they come after, so that they need nothing but the saved predictions. Table 3 agrees: with them AR
         falls a little (65.1 to 65.0), though it would profit if other predictions moved up.
     """
+    metrics, entries = figures(detections, annotations, mapping, top_k=top_k, nms=nms, wta=wta)
+    metrics["calibration"] = calibration
+    if output_dir is not None:
+        write_figures(metrics, entries, output_dir)
+    return metrics
+
+
+def figures(
+    detections: Detections,
+    annotations: str | Path | Mapping[str, Any],
+    mapping: Mapping[int, int],
+    *,
+    top_k: int = 100,
+    nms: float | None = None,
+    wta: float | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compute what `measure` writes.
+
+    Args:
+        detections (`Detections`): As in `measure`.
+        annotations (`str`, `Path` or `Mapping`): As in `measure`.
+        mapping (`Mapping[int, int]`): As in `measure`.
+        top_k (`int`): As in `measure`.
+        nms (`float`, *optional*): As in `measure`.
+        wta (`float`, *optional*): As in `measure`.
+
+    Returns:
+        `tuple[dict, list[dict]]`: The figures, and the COCO results that they are of.
+
+    Raises:
+        ValueError: As `measure`.
+    """
     _check_deduplication(nms, wta)
     annotations = load_annotations(annotations)
     check_images(annotations, list(detections))
@@ -167,14 +198,9 @@ def measure(
         "num_boxes_without_size": known.num_boxes_without_size,
         "num_other_labels": num_other_labels,
         "deduplication": deduplication,
-        "calibration": calibration,
+        "calibration": None,
     }
-    if output_dir is not None:
-        output_dir = Path(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-        (output_dir / "detections.json").write_text(json.dumps(entries, allow_nan=False))
-    return metrics
+    return metrics, entries
 
 
 def category_of_label(config: Any, categories: Sequence[Mapping[str, Any]]) -> dict[int, int]:

@@ -57,7 +57,7 @@ class Matches:
 
 def match(
     ground_truth: str | Path | Mapping[str, Any],
-    detections_coco: Sequence[Mapping[str, Any]],
+    detections_coco: Sequence[Mapping[str, Any]] | Columns,
     iou_thresholds: Sequence[float] = (0.5,),
     top_k: int = 100,
     class_aware: bool = True,
@@ -72,7 +72,7 @@ def match(
 
     Args:
         ground_truth (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds.
-        detections_coco (`Sequence[Mapping]`): COCO results.
+        detections_coco (`Sequence[Mapping]` or `Columns`): COCO results.
         iou_thresholds (`Sequence[float]`): Smallest IoU of a correct prediction, in (0, 1].
         top_k (`int`): Number of predictions a picture.
         class_aware (`bool`): Whether a prediction has to name the class, too.
@@ -83,14 +83,15 @@ def match(
         `Matches`: The predictions among the first `top_k`.
     """
     content, thresholds = load_annotations(ground_truth), np.asarray(iou_thresholds, dtype=float)
-    check_known(content, detections_coco)
     predictions, objects = columns(detections_coco), columns(content["annotations"])
+    check_known(content, predictions)
     places = {record["id"]: place for place, record in enumerate(content["images"])}
     pictures = np.array(list(places), dtype=int)
     crowds = np.array([bool(record.get("iscrowd")) for record in content["annotations"]], dtype=bool)
     aside = crowds if set_aside is None else crowds | set_aside
 
-    pictures_of = np.array([places[one] for one in predictions.image_ids.tolist()], dtype=int)
+    known, of_prediction = np.unique(predictions.image_ids, return_inverse=True)
+    pictures_of = np.array([places[one] for one in known.tolist()], dtype=int)[of_prediction]
     order = np.lexsort((-predictions.scores, pictures_of))  # stable
     ranks = np.arange(len(order)) - np.searchsorted(pictures_of[order], pictures_of[order])
     indices = np.sort(order[ranks < top_k])

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from .files import read_json
+
 
 # Fields of the recipes' methods, with which a run must agree on any data.
 _METHODS = {
@@ -72,6 +74,7 @@ _COLUMNS = {
     "memory (GB)": ("cost", "training_memory", 1e-9, 0),
     "FLOPs (G)": ("cost", "layer_operations", 1e-9, 1),
 }
+_COUNTS = ("num_images", "num_ground_truths", "num_crowds")
 _RATIOS = {f"{name} ratio": name for name in ("NLL", "exp(-MCM)")}
 
 
@@ -139,7 +142,8 @@ class Result:
         split (`str`): Their split.
         files (`dict[str, dict]`): Contents of `metrics`, `duplicates`, `likelihood`, `calibration`, `assignments`,
             `cost` and `summary`, those there are; `nms` and `wta` are metrics after these.
-        places (`list[Path]`): Folders that they are from.
+        places (`dict[str, Path]`): Folder that each of them is from.
+        superseded (`dict[Path, Path]`): Folders with older figures of the same, and the folder that took their place.
     """
 
     run: Path
@@ -147,7 +151,8 @@ class Result:
     data: str
     split: str
     files: dict[str, dict] = field(default_factory=dict)
-    places: list[Path] = field(default_factory=list)
+    places: dict[str, Path] = field(default_factory=dict)
+    superseded: dict[Path, Path] = field(default_factory=dict)
 
     @property
     def is_coco(self) -> bool:
@@ -270,11 +275,12 @@ def find_results(
         resolve (`Callable`): From the folder of a run to the fields of its recipe, all sections in one, defaults too.
 
     Returns:
-        `tuple[list[Result], list[Path]]`: One a run and split, files of several evaluations of it joined; and the
-        folders that hold results of no known recipe.
+        `tuple[list[Result], list[Path]]`: One a run and split, files of several evaluations of it joined, the newest
+        of each kind; and the folders that hold results of no known recipe.
 
     Raises:
         FileNotFoundError: If a folder does not exist.
+        ValueError: If a recipe cannot be read.
     """
     found: dict[tuple[Any, ...], Result] = {}
     runs: dict[Path, Mapping[str, Any]] = {}
@@ -289,7 +295,10 @@ def find_results(
                 strangers.append(place)
                 continue
             if run not in runs:
-                runs[run] = resolve(run)
+                try:
+                    runs[run] = resolve(run)
+                except ValueError as error:
+                    raise ValueError(f"{run / 'recipe.yaml'}: {error}") from error
             recipe = dict(runs[run])
             own = run == place
             data = about.get("data", recipe["source"])
@@ -297,20 +306,32 @@ def find_results(
             selects = about.get("top_k_ratio")
             if selects is not None:
                 recipe |= {"top_k_ratio": selects, "top_k_last_stage": False}
-            key = run, _data_name(str(data)), split, selects
+            key = run, data_name(str(data)), split, selects
             result = found.setdefault(key, Result(run, recipe, key[1], split))
-            result.places.append(place)
             for path in (place / f"{name}.json" for name in _FILES):
                 content = _read(path)
                 if content:
                     applied = path.stem == "metrics" and content.get("deduplication")
-                    result.files[applied["method"] if applied else path.stem] = content
+                    name = applied["method"] if applied else path.stem
+                    other = result.places.get(name, place)
+                    old, new = sorted((other, place), key=lambda one: (one / path.name).stat().st_mtime)
+                    if old != new:
+                        result.superseded[old] = new
+                    if new == place:
+                        result.files[name], result.places[name] = content, place
             result.files.setdefault("summary", _read(run / "summary.json"))
             if selects is None:
                 result.files.setdefault("cost", _read(run / "cost.json"))
     return list(found.values()), strangers
 
 
+# Keys of a file that must be there, and those that hold numbers.
+_NEEDED = {"metrics": ("num_images",), "duplicates": ("none", "nms", "wta", "best_iou_threshold")}
+_NUMBERS = {
+    "metrics": (*(key for file, key, *_ in _COLUMNS.values() if file == "metrics"), *_COUNTS),
+    "cost": tuple(key for file, key, *_ in _COLUMNS.values() if file == "cost"),
+    "summary": ("steps", "training_seconds", "num_training_images"),
+}
 _FILES = ("metrics", "duplicates", "likelihood", "cost", "summary", "calibration", "assignments")
 
 
@@ -325,16 +346,31 @@ def _run_of(place: Path, about: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def _data_name(source: str) -> str:
-    """Return the name of a folder or Hub id; of an annotation file, that of the folder it usually stands in."""
+def data_name(source: str) -> str:
+    """Name data shortly.
+
+    Args:
+        source (`str`): Folder, Hub id or annotation file.
+
+    Returns:
+        `str`: Name of the folder or Hub id; of an annotation file, that of the folder it usually stands in.
+    """
     path = Path(source)
     return path.parent.parent.name or path.stem if path.suffix == ".json" else path.name
 
 
 def _read(path: Path) -> dict:
-    """Return what a json file holds; nothing if there is none."""
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    """Return what a json file holds; nothing if there is none. Refuse texts in the place of figures."""
+    content = read_json(path) if path.is_file() else {}
+    content = content if isinstance(content, dict) else {}
+    for name in _NUMBERS.get(path.stem, ()):
+        value = content.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{name} of {path} is {value!r}; the rule is a number.")
+    lacking = [name for name in _NEEDED.get(path.stem, ()) if content and name not in content]
+    if lacking:
+        raise ValueError(f"{path} has no {', '.join(lacking)}; the rule is a file as `drmm evaluate` writes it.")
+    return content
 
 
 def measured_blocks(table: Table, results: Sequence[Result]) -> list[Block]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
@@ -66,7 +67,7 @@ def predict_parts(
     """Find the objects in every picture of a dataset, part by part.
 
     With a `folder`, each part is written there when it is done, in one go. A second call for the same model, pictures
-    and options reads what is there and goes on; parts of anything else are removed.
+    and options reads what is there and goes on; a damaged part is predicted again, parts of anything else are removed.
 
     Args:
         model (`torch.nn.Module`): As in `predict`.
@@ -89,6 +90,9 @@ def predict_parts(
     Raises:
         ValueError: As `predict`; if several processes have no folder; or if a part of another process is missing.
     """
+    for name, value in (("batch_size", batch_size), ("top_k", top_k)):
+        if value < 1:  # before the parts of other options are removed
+            raise ValueError(f"{name} is {value}; the rule is at least 1.")
     rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
     if world > 1 and folder is None:
         raise ValueError(f"{world} processes share the pictures; the rule is a folder to write their parts to.")
@@ -103,7 +107,7 @@ def predict_parts(
             _prepare(folder, progress)
         if processes is not None:
             processes.wait_for_everyone()
-        done = {int(path.stem) for path in folder.glob("*.npz")}
+        done = {int(path.stem) for path in folder.glob("[0-9]*.npz")}
 
     mine = [index for index in range(rank, math.ceil(len(images) / size), world) if index not in done]
     total = sum(min(size, len(images) - index * size) for index in mine)
@@ -151,8 +155,8 @@ def fingerprint(
 ) -> str:
     """Return a digest of all that detections depend on.
 
-    Of the pictures, it sees COCO's records, their order and the first one itself (its path, or its bytes if it has
-    none): pictures of the same names in another folder are other pictures.
+    Of the pictures, it sees COCO's records, their order and the path of each (of those without a file, the number of
+    bytes): pictures of the same names in another folder are other pictures. Of a stream, it sees the first one alone.
 
     Args:
         model (`torch.nn.Module`): Weights and config count.
@@ -180,24 +184,54 @@ def fingerprint(
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    first = None
-    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        first = next(iter(dataset), None)
-    if first is not None:
-        path, content = first["image"]["path"], first["image"]["bytes"]
-        digest.update(content if content is not None else str(path).encode())
+    if isinstance(dataset, datasets.Dataset):
+        for table in dataset.select_columns(["image"]).with_format("arrow").iter(1000):
+            paths, contents = (pc.struct_field(table["image"], name) for name in ("path", "bytes"))
+            digest.update(json.dumps([paths.to_pylist(), pc.binary_length(contents).to_pylist()]).encode())
+    elif isinstance(dataset, datasets.IterableDataset):
+        for row in dataset.take(1):
+            path, content = row["image"]["path"], row["image"]["bytes"]
+            digest.update(content if content is not None else str(path).encode())
     return digest.hexdigest()
 
 
+def remove_parts(folder: str | Path, keep: str | None = None) -> list[Path]:
+    """Remove the parts of finished or other runs, and the folders that are empty then. Files of others stay.
+
+    Args:
+        folder (`str` or `Path`): As in `predict_parts`.
+        keep (`str`, *optional*): Fingerprint of a run whose parts stay.
+
+    Returns:
+        `list[Path]`: Folders of the runs whose parts are gone.
+    """
+    folder = Path(folder)
+    runs = [run for run in folder.glob("*") if re.fullmatch(r"[0-9a-f]{16}", run.name) and run.name != keep]
+    runs = [run for run in runs if run.is_dir()]
+    for run in runs:
+        for file in run.iterdir():
+            if re.fullmatch(r"\d{6,}\.(npz|partial)", file.name):
+                file.unlink()
+    for place in (*runs, folder):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+    return runs
+
+
 def _prepare(folder: Path, say: bool) -> None:
-    """Make the folder of a run, say what it holds and remove what other runs left beside it."""
-    for other in folder.parent.glob("*"):
-        if other != folder:
-            if say:
-                print(f"{other} holds unfinished work on another model, data or options: starting afresh", flush=True)
-            shutil.rmtree(other)
+    """Make the folder of a run, say what it holds, and remove damaged parts and those of other runs."""
+    for other in remove_parts(folder.parent, keep=folder.name):
+        if say:
+            print(f"{other} holds unfinished work on another model, data or options: starting afresh", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    count = len(list(folder.glob("*.npz")))
+    for path in sorted(folder.glob("[0-9]*.npz")):
+        try:
+            Detections.load_arrays(path)
+        except ValueError as error:
+            path.unlink()
+            if say:
+                print(f"{error}: its pictures are predicted again", flush=True)
+    count = len(list(folder.glob("[0-9]*.npz")))
     if count and say:
         print(f"going on from {count} parts in {folder}", flush=True)
 

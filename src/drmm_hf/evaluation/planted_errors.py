@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,37 @@ def plant_errors(
             removed.add(record["id"])
     kept = [record for record in records if record["id"] not in removed]
     return {**annotations, "annotations": kept}, planted
+
+
+def read_planted(path: str | Path, annotations: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read a record of planted errors.
+
+    Args:
+        path (`str` or `Path`): Json file of what `plant_errors` returns second.
+        annotations (`Mapping`): The spoilt content, to which it belongs.
+
+    Returns:
+        `list[dict]`: The errors.
+
+    Raises:
+        ValueError: If the file holds something else or nothing, or errors in pictures that the annotations lack.
+    """
+    rule = "the rule is a list of errors with kind, annotation_id, image_id, category_id and bbox"
+    try:
+        planted = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"planted errors {str(path)!r} are no json: {error}") from error
+    if not isinstance(planted, list) or not planted:
+        kind = "an empty list" if planted == [] else f"a {type(planted).__name__}"
+        raise ValueError(f"planted errors {str(path)!r} are {kind}; {rule}.")
+    fields = {"kind", "annotation_id", "image_id", "category_id", "bbox"}
+    for entry in planted:
+        if not isinstance(entry, dict) or fields - entry.keys() or entry["kind"] not in KINDS:
+            raise ValueError(f"planted errors {str(path)!r} hold {entry!r}; {rule}.")
+    unknown = {entry["image_id"] for entry in planted} - {record["id"] for record in annotations["images"]}
+    if unknown:
+        raise ValueError(f"planted errors {str(path)!r} are of other pictures: no picture has the id {min(unknown)}.")
+    return planted
 
 
 def _moved(bbox: list[float], size: tuple[int, int], random: np.random.Generator) -> list[float]:

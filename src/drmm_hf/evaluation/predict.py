@@ -34,7 +34,8 @@ def load_detector(name: str, device: str | torch.device | None = None) -> tuple[
 
     Raises:
         ValueError: If there is no detector of this name, if its weights are damaged or incomplete (transformers would
-            fill the gaps with random numbers), or if there is no such device.
+            fill the gaps with random numbers), if it has not one saved threshold a class, or if there is no such
+            device.
     """
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -51,6 +52,12 @@ def load_detector(name: str, device: str | torch.device | None = None) -> tuple[
         raise ValueError(
             f"model is {name!r}, whose weights do not fit its config: {len(lacking)} are missing or of another shape, "
             f"such as {min(lacking)}"
+        )
+    thresholds = getattr(processor, "score_threshold", None)
+    if isinstance(thresholds, list) and len(thresholds) != model.config.num_labels:
+        raise ValueError(
+            f"model is {name!r}, whose preprocessor_config.json has a score_threshold of {len(thresholds)} entries; "
+            f"the rule is one for each of its {model.config.num_labels} classes."
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,11 +16,13 @@ import numpy as np
 from .calibration import expected_calibration_error, match_predictions
 from .coco_metrics import load_annotations
 from .coverage import fit_scale_factor, matched_boxes
+from .matches import match
 from .thresholds import best_thresholds
 
 
 # Scores nearer to 0 or 1 than float32 can tell from them have no finite log-odds.
 _EDGE = float(np.finfo(np.float32).eps)
+_IOU_THRESHOLD = 0.5  # of a correct prediction
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,23 @@ def fit_calibrators(
     return fitted | {"fitted_on": {"num_images": len(annotations["images"]), "pictures": _fingerprint(annotations)}}
 
 
+def check_calibrators(fitted: Any, annotations: Mapping[str, Any]) -> None:
+    """Refuse what `apply_calibrators` cannot test on a split.
+
+    Args:
+        fitted (`Any`): Content of a file.
+        annotations (`Mapping`): The content of a COCO file.
+
+    Raises:
+        ValueError: If `fitted` is not from `fit_calibrators`, or from there with the same pictures.
+    """
+    missing = {*CALIBRATORS, "fitted_on"} - {*(fitted if isinstance(fitted, Mapping) else ())}
+    if missing:
+        raise ValueError(f"the file of calibrators has no {', '.join(sorted(missing))}; --calibration writes one.")
+    if same_pictures(fitted, annotations):
+        raise ValueError("the calibrators were fitted on these very pictures; the rule is to test on another split.")
+
+
 def apply_calibrators(
     fitted: Mapping[str, Any],
     annotations: str | Path | Mapping[str, Any],
@@ -198,11 +217,7 @@ def apply_calibrators(
         ValueError: If the maps were fitted on the same pictures, or `fitted` is something else.
     """
     annotations = load_annotations(annotations)
-    missing = {*CALIBRATORS, "fitted_on"} - set(fitted)
-    if missing:
-        raise ValueError(f"the file of calibrators has no {', '.join(sorted(missing))}; --calibration writes one.")
-    if same_pictures(fitted, annotations):
-        raise ValueError("the calibrators were fitted on these very pictures; the rule is to test on another split.")
+    check_calibrators(fitted, annotations)
     scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
     maps = {"none": np.asarray} | {method: Calibrator.from_dict(fitted[method]) for method in CALIBRATORS}
     tested = {}
@@ -211,6 +226,44 @@ def apply_calibrators(
         above = expected_calibration_error(calibrate(scores), correct, min_score=0.1).to_dict()
         tested[method] = {"ECE": reliability["ece"], "ECE_0.1": above["ece"], "reliability": reliability}
     return tested
+
+
+def held_out_errors(
+    annotations: str | Path | Mapping[str, Any],
+    detections_coco: Sequence[Mapping[str, Any]],
+    top_k: int = 100,
+    num_folds: int = 5,
+) -> dict[str, dict[str, float]]:
+    """Measure each map on pictures that it was not fitted on: cross-validation over the pictures of one split.
+
+    Args:
+        annotations (`str`, `Path` or `Mapping`): The untouched COCO json file, or what it holds.
+        detections_coco (`Sequence[Mapping]`): COCO results without a score threshold.
+        top_k (`int`): Number of predictions a picture.
+        num_folds (`int`): How many parts the pictures are split into; each is held out once.
+
+    Returns:
+        `dict`: `none`, `temperature` and `isotonic`, each with `ECE` and `squared_error` (Brier's score: the mean of
+        (confidence - correct)^2, which also counts what a map loses by making confidences equal). Empty if there are
+        fewer pictures than parts, or some part holds all right or all wrong predictions.
+    """
+    annotations = load_annotations(annotations)
+    matches = match(annotations, detections_coco, [_IOU_THRESHOLD], top_k)
+    counted = ~matches.ignored[0]
+    scores, correct = matches.scores[counted], matches.correct[0][counted]
+    pictures, place = np.unique(matches.image_ids[counted], return_inverse=True)
+    folds = (np.random.default_rng(0).permutation(len(pictures)) % num_folds)[place]
+    parts = [folds == fold for fold in range(num_folds)]
+    if len(pictures) < num_folds or not all(0 < correct[~part].mean() < 1 for part in parts):
+        return {}
+    errors = {}
+    for method, fit in ({"none": lambda *_: np.asarray} | CALIBRATORS).items():
+        calibrated = np.empty(len(scores))
+        for part in parts:
+            calibrated[part] = fit(scores[~part], correct[~part])(scores[part])
+        ece = expected_calibration_error(calibrated, correct).ece
+        errors[method] = {"ECE": ece, "squared_error": float(np.square(calibrated - correct).mean())}
+    return errors
 
 
 def calibration_fields(

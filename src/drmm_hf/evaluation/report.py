@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from .coco_metrics import ground_truth, load_annotations
 from .coverage import coverage_report
 from .deduplication import sweep
 from .detections import Detections
+from .files import write_json
 from .likelihood import likelihoods, summarize
 from .recalibration import apply_calibrators, fit_calibrators
 from .thresholds import confusion_matrix, threshold_curves
@@ -99,7 +99,7 @@ def analyse(
     *,
     thresholds: bool = False,
     calibration: bool = False,
-    calibrators: str | Path | None = None,
+    calibrators: Mapping[str, Any] | None = None,
     duplicates: bool = False,
     breakdown: bool = False,
     coverage: bool = False,
@@ -115,7 +115,8 @@ def analyse(
         top_k (`int`): Number of predictions a picture.
         thresholds (`bool`): Whether to compute `threshold_curves`, with the confusion matrix at the best threshold.
         calibration (`bool`): Whether to compute the `calibration_report`, and fit `calibrators.json`.
-        calibrators (`str` or `Path`, *optional*): File of calibrators to test instead, in `calibrated` of that report.
+        calibrators (`Mapping`, *optional*): Content of `calibrators.json`, to test instead, in `calibrated` of that
+            report.
         duplicates (`bool`): Whether to `sweep` over NMS and winner-take-all.
         breakdown (`bool`): Whether to measure by size, aspect ratio and crowding, and count the kinds of errors.
         coverage (`bool`): Whether to measure how often intervals from box scales hold the annotated sides; with the
@@ -124,28 +125,37 @@ def analyse(
         calibrated (`bool`): Whether the processor calibrates already, so that nothing is fitted on top.
 
     Yields:
-        `tuple[str, dict]`: Name and content: `thresholds`, `calibration`, `coverage`, `duplicates`, `breakdown`.
+        `tuple[str, dict]`: Name and content: `thresholds`, `calibration`, `coverage`, `duplicates`, `breakdown`. Where
+            no prediction is right, `calibration` says in `not_fitted` why there are no calibrators, and `coverage`
+            holds `not_measured` alone.
 
     Raises:
-        ValueError: If the calibrators cannot be fitted, or were fitted on these pictures.
+        ValueError: If the calibrators were fitted on these pictures, or are something else.
     """
     output_dir = Path(output_dir)
-    fitted = None if calibrators is None else json.loads(Path(calibrators).read_text())
     if thresholds:
         report = threshold_curves(annotations, entries, top_k)
         best = None if report["all"] is None else report["all"]["best_threshold"]
         report["confusion"] = confusion_matrix(annotations, entries, 0.5 if best is None else best, top_k)
         yield "thresholds", write_json(report, output_dir / "thresholds.json")
-    if calibration or calibrators:
+    if calibration or calibrators is not None:
         report = calibration_report(annotations, entries, top_k)
-        if fitted is not None:
-            report["calibrated"] = apply_calibrators(fitted, annotations, entries, top_k)
+        if calibrators is not None:
+            report["calibrated"] = apply_calibrators(calibrators, annotations, entries, top_k)
         elif not calibrated:
-            write_json(fit_calibrators(annotations, entries, top_k, freedom), output_dir / "calibrators.json")
+            try:
+                fitted = fit_calibrators(annotations, entries, top_k, freedom)
+            except ValueError as error:  # nothing was found, or nothing right
+                report["not_fitted"] = str(error)
+            else:
+                write_json(fitted, output_dir / "calibrators.json")
         yield "calibration", write_json(report, output_dir / "calibration.json")
     if coverage:
-        factor = None if fitted is None else fitted.get("scale_factor")
-        report = coverage_report(annotations, entries, freedom, top_k, factor)
+        factor = None if calibrators is None else calibrators.get("scale_factor")
+        try:
+            report = coverage_report(annotations, entries, freedom, top_k, factor)
+        except ValueError as error:
+            report = {"not_measured": str(error)}
         yield "coverage", write_json(report, output_dir / "coverage.json")
     if duplicates:
         label_map = LabelMap.from_categories(annotations["categories"])
@@ -214,17 +224,3 @@ def read_picture(dataset: datasets.Dataset | datasets.IterableDataset, image_id:
     if isinstance(dataset, datasets.IterableDataset):
         return load_image(next(row for row in dataset if row["image_id"] == image_id))
     return load_image(dataset[list(dataset["image_id"]).index(image_id)])
-
-
-def write_json(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write figures as json, None for what is not defined.
-
-    Args:
-        content (`dict`): The figures.
-        path (`Path`): The file.
-
-    Returns:
-        `dict`: The content.
-    """
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    return content

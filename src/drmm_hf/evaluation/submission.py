@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +16,17 @@ import torch
 from drmm_hf.data.labels import LabelMap
 
 from .evaluate import category_of_label
-from .parts import predict_parts
+from .files import read_json
+from .parts import predict_parts, remove_parts
 
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+# Longest name of a file without its ending; disks take 255 bytes.
+_LONGEST = 240
+_WORDS = {int: "whole number", str: "text"}
 
 
 def load_image_info(path: str | Path, images: str | Path) -> tuple[datasets.Dataset, dict[str, Any]]:
@@ -34,14 +40,21 @@ def load_image_info(path: str | Path, images: str | Path) -> tuple[datasets.Data
         `tuple[Dataset, dict]`: Rows with `image_id`, `file_name`, `width`, `height` and `image`, and the content.
 
     Raises:
-        ValueError: If images or categories are missing.
+        ValueError: If images or categories are missing, or a record lacks its id, file name, width or height.
         FileNotFoundError: If a picture is missing.
     """
-    content = json.loads(Path(path).read_text())
+    content = read_json(path)
     lacking = [name for name in ("images", "categories") if not (isinstance(content, Mapping) and content.get(name))]
     if lacking:
         raise ValueError(f"{path} has no {' and no '.join(lacking)}; the rule is a COCO file that lists both.")
     records = content["images"]
+    for index, record in enumerate(records):
+        for name, kind in (("id", int), ("file_name", str), ("width", int), ("height", int)):
+            value = record.get(name) if isinstance(record, Mapping) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(
+                    f"{name} of image {index} of {path} is {value!r}; the rule is a {_WORDS[kind]} for every image."
+                )
     files = [str(Path(images) / record["file_name"]) for record in records]
     missing = [file for file in files if not Path(file).is_file()]
     if missing:
@@ -84,8 +97,14 @@ def write_submission(
         `image_info_` in the name of the file, such as `test-dev2017`. None in all but the main process.
 
     Raises:
-        ValueError: If the model's classes are not those of the file.
+        ValueError: If the model's classes are not those of the file, or its name would be too long for a disk.
     """
+    subset = Path(image_info).stem.removeprefix("image_info_").removeprefix("instances_")
+    stem = f"detections_{subset}_{re.sub('[^A-Za-z0-9.-]+', '-', name)}_results"
+    if len(os.fsencode(stem)) > _LONGEST:
+        raise ValueError(
+            f"submission is {name!r}; the rule is one that leaves the file's name within {_LONGEST} bytes."
+        )
     dataset, content = load_image_info(image_info, images)
     mapping = category_of_label(model.config, content["categories"])
     parts, options = Path(output_dir) / "parts", {"batch_size": batch_size, "top_k": top_k, "processes": processes}
@@ -96,10 +115,10 @@ def write_submission(
     known = detections.relabel({label: label_map.label(category_id) for label, category_id in mapping.items()})
     keys = ("image_id", "category_id", "bbox", "score")
     entries = [{key: entry[key] for key in keys} for entry in known.to_coco(label_map)]
-    subset = Path(image_info).stem.removeprefix("image_info_").removeprefix("instances_")
-    stem = f"detections_{subset}_{re.sub('[^A-Za-z0-9.-]+', '-', name)}_results"
     path = Path(output_dir) / f"{stem}.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    partial_file = path.with_suffix(".partial")
+    with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"{stem}.json", json.dumps(entries, allow_nan=False))
-    shutil.rmtree(parts)
+    os.replace(partial_file, path)
+    remove_parts(parts)
     return path

@@ -77,7 +77,11 @@ class DrmmImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
         if isinstance(self.size_divisor, bool) or not isinstance(self.size_divisor, int) or self.size_divisor < 1:
             raise ValueError(f"size_divisor={self.size_divisor!r}: must be an int of at least 1")
-        _check_calibration(self.calibration or {})
+        stds = self.image_std if isinstance(self.image_std, (list, tuple)) else [self.image_std]
+        if self.do_normalize and not all(_is_number(std) and 0 < std < math.inf for std in stds):
+            raise ValueError(f"image_std={self.image_std!r}: must be numbers above 0")
+        if self.calibration is not None:
+            _check_calibration(self.calibration)
         thresholds = self.score_threshold if isinstance(self.score_threshold, list) else [self.score_threshold]
         if not thresholds or not all(one is None or (_is_number(one) and 0 <= one <= 1) for one in thresholds):
             raise ValueError(f"score_threshold={self.score_threshold!r}: must be a score in [0, 1], or a list of them")
@@ -368,6 +372,8 @@ def _intervals(fields: dict[str, torch.Tensor], outputs, level: float) -> torch.
 
 def _check_calibration(calibration: dict) -> None:
     """Refuse what is no calibration; `DrmmImageProcessorKwargs` says what is."""
+    if not isinstance(calibration, dict):
+        raise ValueError(f"calibration={calibration!r}: must be a dict")
     unknown = calibration.keys() - {"scores", "scale_factor", "fitted_on"}
     if unknown:
         raise ValueError(f"calibration has {sorted(unknown)}: must have only scores, scale_factor and fitted_on")
@@ -377,12 +383,16 @@ def _check_calibration(calibration: dict) -> None:
     fitted = calibration.get("scores")
     if fitted is None:
         return
+    if not isinstance(fitted, dict):
+        raise ValueError(f"calibration has scores={fitted!r}: must be a dict")
     if fitted.get("method") == "temperature":
         if not (_is_number(fitted.get("temperature")) and 0 < fitted["temperature"] < math.inf):
             raise ValueError(f"calibration has temperature={fitted.get('temperature')!r}: must be a number above 0")
     elif fitted.get("method") == "isotonic":
-        knots = [fitted.get(name) or [] for name in ("scores", "calibrated")]
-        rising = all(0 <= a <= b <= 1 for values in knots for a, b in zip([0.0, *values], [*values, 1.0], strict=True))
+        knots = [one if isinstance(one, list) else [] for one in map(fitted.get, ("scores", "calibrated"))]
+        rising = all(_is_number(one) for values in knots for one in values) and all(
+            0 <= a <= b <= 1 for values in knots for a, b in zip([0.0, *values], [*values, 1.0], strict=True)
+        )
         if not knots[0] or len(knots[0]) != len(knots[1]) or not rising:
             raise ValueError(
                 "calibration has an isotonic map: must be equally many rising scores and calibrated in [0, 1]"

@@ -359,7 +359,8 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures, as the image processor makes
                 them.
-            labels (`list[dict]`): as `forward` takes them. Labels in float64 keep the boxes exact.
+            labels (`list[dict]`): as `forward` takes them: `class_labels` and `boxes`, cxcywh in fractions of the
+                unpadded picture, not pixels. Labels in float64 keep the boxes exact.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): as `forward` takes it.
 
         Returns:
@@ -367,14 +368,16 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             of the model input; float64 where the device has it. No gradient.
 
         Raises:
-            ValueError: if the model has box heads, or labels or mask do not fit the pictures.
+            ValueError: if the model has box heads, labels or mask do not fit the pictures, or a box lies more than a
+                picture's side away from it, as those in pixels do.
 
         Source: Eq. 2.
         """
         if self.config.head_type != "mixture":
             raise ValueError(f"head_type is {self.config.head_type!r}, which has no density; it must be 'mixture'.")
+        if not torch.compiler.is_compiling():
+            _check_given_boxes(labels, self.config.num_labels)
         outputs = self.model(pixel_values, pixel_mask, return_dict=True)
-        check_labels(labels, self.config.num_labels)
         dtype = torch.float32 if pixel_values.device.type == "mps" else torch.float64
         targets = pad_targets(labels, outputs.image_sizes, dtype)
         log_p = log_component_density(
@@ -402,6 +405,23 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             "objectness_logits": stage.objectness_logits,
             "class_logits": stage.class_logits,
         }
+
+
+def _check_given_boxes(labels: list[dict], num_labels: int):
+    """Refuse what `log_likelihood` cannot read: boxes in pixels would give figures that look like any other."""
+    if not isinstance(labels, (list, tuple)) or any(not {"class_labels", "boxes"} <= set(one) for one in labels):
+        raise ValueError(
+            f"labels is of type {type(labels).__name__}; it must be a list with a dict of class_labels and boxes for "
+            "each picture."
+        )
+    labels = [{name: label[name].cpu() for name in ("class_labels", "boxes")} for label in labels]
+    check_labels(labels, num_labels)
+    for index, boxes in enumerate(label["boxes"] for label in labels):
+        if boxes.numel() and not (boxes.min() >= -1 and boxes.max() <= 2):
+            raise ValueError(
+                f"labels[{index}] has boxes from {boxes.min():g} to {boxes.max():g}; they must be cx, cy, width and "
+                "height as fractions of the unpadded picture, between -1 and 2."
+            )
 
 
 __all__ = [

@@ -21,8 +21,8 @@ import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from huggingface_hub.errors import StrictDataclassError
 
+from ..evaluation.files import write_text
 from ..modeling.configuration_drmm import DrmmConfig
-from .checkpoint import write_text
 
 
 @dataclass(kw_only=True)

@@ -12,15 +12,13 @@ checksums, so that one which was damaged later is noticed and the one before it 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
-import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,18 +81,6 @@ class Progress:
         """
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a small file that is always whole: aside, then renamed. A kill leaves the earlier one.
-
-    Args:
-        path (`str` or `Path`): The file.
-        text (`str`): Its contents.
-    """
-    partial_file = _partial(path)
-    partial_file.write_text(text)
-    os.replace(partial_file, path)
 
 
 def start_folder(path: str | Path) -> Path:
@@ -271,58 +257,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-@contextmanager
-def run_lock(accelerator: Accelerator, output_dir: str | Path) -> Iterator[None]:
-    """Keep other runs out of a folder while the context lasts.
-
-    The lock is the system's, on the file `run.lock`: it ends with the process, however that ends. Where there are no
-    such locks (Windows, some network drives), nothing is locked.
-
-    Args:
-        accelerator (`Accelerator`): Its main process holds the lock; all processes call this.
-        output_dir (`str` or `Path`): Folder of the run, made if it does not exist.
-
-    Raises:
-        ValueError: If another run holds the lock, in every process; the message has its process id and host.
-    """
-    message = None
-    with _lock_file(Path(output_dir)) if accelerator.is_main_process else nullcontext() as file:
-        if file is not None and not _lock(file):
-            file.seek(0)
-            message = f"output_dir {str(output_dir)!r} is in use by {file.read().strip() or 'another run'}"
-        message = broadcast_object_list([message])[0]
-        if message is not None:
-            raise ValueError(f"{message}: name another folder, or end that run first")
-        try:
-            yield
-        finally:
-            if file is not None and [path.name for path in Path(output_dir).iterdir()] == ["run.lock"]:
-                shutil.rmtree(output_dir)  # the run ended before it wrote anything
-
-
 _WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # torch.save raises the last
-
-
-def _lock_file(output_dir: Path):
-    output_dir.mkdir(parents=True, exist_ok=True)
-    return (output_dir / "run.lock").open("a+")
-
-
-def _lock(file) -> bool:
-    """Lock an open file and write into it who holds it; False if another process does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        # Not `flock`, which processes that read pictures would inherit, and keep for a while after a kill.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return True
 
 
 @contextmanager

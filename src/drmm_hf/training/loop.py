@@ -24,6 +24,7 @@ from ..data.labels import LabelMap
 from ..data.problems import Problems
 from ..evaluation.detections import Detections
 from ..evaluation.evaluate import category_of_label, measure
+from ..evaluation.files import run_lock, write_text
 from ..evaluation.predict import predict
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
@@ -31,7 +32,7 @@ from ..visualization.batch_pictures import save_augmented_pictures
 from .arguments import Recipe, TrainingArguments, changed_fields, load_recipe
 from .batch_size import find_batch_size
 from .build import build_model, load_split, training_loader
-from .checkpoint import Progress, find_checkpoint, load_checkpoint, run_lock, save_checkpoint, save_model, write_text
+from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, save_model
 from .ema import averaged_model
 from .epochs import Epochs
 from .manifest import add_to_manifest, data_fingerprint

@@ -18,7 +18,7 @@ import datasets
 import pyarrow
 import torch
 
-from .checkpoint import write_text
+from ..evaluation.files import write_text
 
 
 PACKAGES = (

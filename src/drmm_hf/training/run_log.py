@@ -18,8 +18,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ..evaluation.files import write_text
 from .arguments import TrainingArguments
-from .checkpoint import Progress, write_text
+from .checkpoint import Progress
 
 
 class Clock:

@@ -27,7 +27,7 @@ def coverage_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
     groups = {"As predicted": report["predicted"]}
     if "rescaled" in report:
         groups[f"Scales times {report['rescaled']['scale_factor']:.2f}"] = report["rescaled"]
-    figure = _figure(1.0 + 4.3 * len(groups), 4.9)
+    figure = _figure(0.7 + 4.2 * len(groups), 4.9)
     levels = np.array(report["levels"])
     for index, (axes, (title, group)) in enumerate(
         zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True)
@@ -39,7 +39,7 @@ def coverage_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
         for (edge, style), shade in zip(_EDGES.items(), _SHADES[1:], strict=False):
             axes.plot(levels, group[edge], color=shade, linewidth=1.2, linestyle=style, label=edge)
         low, high = np.array(group["all_interval"]).T
-        axes.fill_between(levels, low, high, color=_BLUE, alpha=0.2, linewidth=0)
+        axes.fill_between(levels, low, high, color=_BLUE, alpha=0.2, linewidth=0, label="their 95 % interval")
         axes.plot(levels, group["all"], color=_BLUE, linewidth=2.2, marker="o", markersize=3.5, label="all sides")
         axes.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xlabel="nominal coverage of the interval")
         axes.set_title(title, loc="left", fontweight="bold", color=_INK)

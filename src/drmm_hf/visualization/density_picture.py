@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # The density is evaluated at this many places along the longer edge at most.
 _LONG_EDGE = 800
 _NUM_QUANTILES = 64
+# Smallest and largest height over width of a panel: beyond it pictures are stretched, or nothing of them would show.
+_SHAPES = 0.3, 2.5
 
 
 class Mixture(NamedTuple):
@@ -120,6 +122,8 @@ def side_density(mixture: Mixture, x: np.ndarray, y: np.ndarray, freedom: float 
 def density_picture(image: Image, mixture: Mixture, path: str | Path, freedom: float = 1.0) -> Path:
     """Draw the densities of centres and of sides over a picture, on a logarithmic scale.
 
+    A picture that is very long or high is stretched.
+
     Args:
         image (`Image`): The picture.
         mixture (`Mixture`): The density over boxes, in its pixels.
@@ -134,9 +138,11 @@ def density_picture(image: Image, mixture: Mixture, path: str | Path, freedom: f
     from matplotlib.ticker import LogFormatterSciNotation, LogLocator
 
     step = max(1.0, max(image.size) / _LONG_EDGE)
-    x, y = ((np.arange(round(side / step)) + 0.5) * side / round(side / step) for side in image.size)
+    counts = [max(1, round(side / step)) for side in image.size]
+    x, y = ((np.arange(count) + 0.5) * side / count for side, count in zip(image.size, counts, strict=True))
     extent = (0, image.width, image.height, 0)
-    figure = _figure(11.6, 4.7 * image.height / image.width + 0.4)
+    shape = np.clip(image.height / image.width, *_SHAPES)
+    figure = _figure(11.6, 4.6 * shape + 0.4)
     panels = (
         # How many decades below the peak are drawn: further down, the tails of Cauchy cover everything.
         ("Centre of a box", centre_density(mixture, x, y, freedom), 3, "density (1 / pixel²)"),
@@ -148,6 +154,7 @@ def density_picture(image: Image, mixture: Mixture, path: str | Path, freedom: f
         axes.imshow(grey, cmap="gray", vmin=-120, vmax=255, extent=extent)
         opacity = np.minimum(0.9, 1.8 * norm(density).filled(0))
         shown = axes.imshow(density, cmap="inferno", norm=norm, alpha=opacity, extent=extent, interpolation="nearest")
+        axes.set_aspect(shape * image.width / image.height)
         axes.set_axis_off()
         axes.set_title(title, loc="left", fontweight="bold", color=_INK)
         scale = matplotlib.cm.ScalarMappable(norm, shown.cmap)

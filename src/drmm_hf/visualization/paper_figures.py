@@ -44,7 +44,9 @@ def nms_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | 
         style = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot(thresholds, values, markersize=5.5, linewidth=1.8, label=name, **style)
         for place in {int(np.argmax(values)), len(values) - 1}:
-            place_of_text = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+            last = place == len(values) - 1
+            place_of_text = {"textcoords": "offset points", "xytext": (7, 0) if last else (0, 7)}
+            place_of_text |= {"ha": "left", "va": "center"} if last else {"ha": "center"}
             axes.annotate(
                 f"{values[place]:.1f}",
                 (thresholds[place], values[place]),
@@ -53,7 +55,7 @@ def nms_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | 
                 **place_of_text,
             )
     axes.set(xlabel="IoU threshold of NMS (1.0: none)", ylabel="AP (%)")
-    axes.margins(y=0.12)
+    axes.margins(x=0.1, y=0.12)
     axes.legend(frameon=False, fontsize=9.5)
     _plain(axes)
     return _save(figure, path)

@@ -157,8 +157,8 @@ def threshold_diagram(curves: Mapping[str, Any], path: str | Path) -> Path:
         right.plot(curves["thresholds"], one["f1"], color=shade, linewidth=width)
         if one["best_threshold"] is not None and label:
             right.plot(one["best_threshold"], one["best_f1"], color=shade, marker="o", markersize=5)
-    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    right.set(xlabel="score threshold", ylabel="F1", xlim=(0, 1), ylim=(0, 1.02))
+    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    right.set(xlabel="score threshold", ylabel="F1", xlim=(0, 1.02), ylim=(0, 1.02))
     left.set_title("Precision and recall at IoU 0.5", loc="left", fontweight="bold", color=_INK)
     right.set_title("F1", loc="left", fontweight="bold", color=_INK)
     if lines:
@@ -268,7 +268,8 @@ def breakdown_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
             names.append(f"{low:.3g}+" if high is None else f"{low:.3g}" if low == high else f"{low:.3g}-{high:.3g}")
         names = [f"{label}\n({_short(entry['num_ground_truths'])})" for label, entry in zip(names, bins, strict=True)]
         one.set_xticks(range(len(bins)), names)
-        one.set(ylim=(0, 102), xlim=(-0.4, max(len(bins), 1) - 0.6), ylabel="%")
+        one.set(ylim=(0, 103), xlim=(-0.4, max(len(bins), 1) - 0.6), ylabel="%")
+        one.set_xlabel("in brackets: number of objects", fontsize=8.5, color=_INK)
         one.set_title(title[0].upper() + title[1:], loc="left", fontweight="bold", color=_INK)
         _plain(one)
         one.tick_params(axis="x", labelsize=7.5)
@@ -283,6 +284,7 @@ def breakdown_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
         axes[1, 2].barh(list(names.values()), [errors["counts"][name] for name in names], color="#8a94a3")
         axes[1, 2].set_title("Number of errors", loc="left", fontweight="bold", color=_INK)
         axes[1, 2].set_xscale("symlog", linthresh=1)
+        axes[1, 2].set_xlabel("count (logarithmic)")
         for one in axes[:, 2]:
             one.invert_yaxis()
             _plain(one)

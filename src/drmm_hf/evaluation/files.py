@@ -1,0 +1,124 @@
+"""Files that are whole or absent, and folders that one run at a time writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+Content = TypeVar("Content")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a json file.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `Any`: Its content.
+
+    Raises:
+        ValueError: If it is no valid json; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not valid json: it is nested too deeply") from None
+    except ValueError as error:  # bad json, or bytes that are not utf-8
+        raise ValueError(f"{path} is not valid json: {error}") from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file that is always whole: aside, then renamed. A kill or a full disk leaves the earlier one.
+
+    Args:
+        path (`str` or `Path`): The file.
+        text (`str`): Its contents.
+    """
+    partial_file = Path(path).with_name(Path(path).name + ".partial")
+    try:
+        partial_file.write_text(text, encoding="utf-8")
+        os.replace(partial_file, path)
+    except OSError:
+        partial_file.unlink(missing_ok=True)
+        raise
+
+
+def write_json(content: Content, path: str | Path) -> Content:
+    """Write figures as json that is always whole, None for what is not defined.
+
+    Args:
+        content (`Any`): The figures.
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `Any`: The content.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return content
+
+
+@contextmanager
+def run_lock(processes: Accelerator | PartialState | None, output_dir: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder while the context lasts.
+
+    The lock is the system's, on the file `run.lock`: it ends with the process, however that ends. Where there are no
+    such locks (Windows, some network drives), nothing is locked.
+
+    Args:
+        processes (`Accelerator` or `PartialState`, *optional*): Their main process holds the lock; all call this.
+            None: this process alone.
+        output_dir (`str` or `Path`): Folder of the run, made if it does not exist.
+
+    Raises:
+        ValueError: If another run holds the lock, in every process; the message has its process id and host.
+    """
+    message = None
+    with _lock_file(Path(output_dir)) if processes is None or processes.is_main_process else nullcontext() as file:
+        if file is not None and not _lock(file):
+            file.seek(0)
+            message = f"output_dir {str(output_dir)!r} is in use by {file.read().strip() or 'another run'}"
+        if processes is not None:
+            from accelerate.utils import broadcast_object_list
+
+            message = broadcast_object_list([message])[0]
+        if message is not None:
+            raise ValueError(f"{message}: name another folder, or end that run first")
+        try:
+            yield
+        finally:
+            if file is not None and [path.name for path in Path(output_dir).iterdir()] == ["run.lock"]:
+                shutil.rmtree(output_dir)  # the run ended before it wrote anything
+
+
+def _lock_file(output_dir: Path):
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return (output_dir / "run.lock").open("a+")
+
+
+def _lock(file) -> bool:
+    """Lock an open file and write into it who holds it; False if another process does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        # Not `flock`, which processes that read pictures would inherit, and keep for a while after a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return True

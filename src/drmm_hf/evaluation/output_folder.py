@@ -1,0 +1,72 @@
+"""The folder of an evaluation: its figures, the detections that they are of, and reports on these and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .files import read_json, write_json
+
+
+# What an evaluation may write beside its figures: reports, then their pictures.
+REPORTS = (
+    *(f"{name}.json" for name in ("evaluation", "thresholds", "calibration", "calibrators", "coverage")),
+    *(f"{name}.json" for name in ("duplicates", "breakdown", "likelihood", "assignments")),
+    *(f"{name}.png" for name in ("reliability", "thresholds", "confusion", "calibration", "calibrated", "coverage")),
+    *(f"{name}.png" for name in ("duplicates", "duplicates_reliability", "duplicates_boxes", "breakdown")),
+    "detections.jpg",
+)
+# What metrics know of the way that detections have come; the file of detections does not.
+_ORIGIN = ("deduplication", "calibration", "num_boxes_without_size", "num_other_labels")
+
+
+def holds_figures(output_dir: str | Path, metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a folder is of these very detections and figures, so that its reports are of them too.
+
+    Args:
+        output_dir (`str` or `Path`): The folder.
+        metrics (`Mapping`): From `drmm_hf.evaluation.evaluate.figures`.
+        entries (`Sequence[Mapping]`): The COCO results that they are of.
+
+    Returns:
+        `bool`: True if so, wherever the detections have come from.
+    """
+    files = [Path(output_dir) / name for name in ("detections.json", "metrics.json")]
+    if not all(file.is_file() for file in files) or files[0].read_text() != json.dumps(entries):
+        return False
+    try:
+        written = dict(read_json(files[1]))
+    except (TypeError, ValueError):  # damaged
+        return False
+    kept, mine = ({name: one[name] for name in one.keys() - {*_ORIGIN}} for one in (written, metrics))
+    return kept == mine
+
+
+def write_figures(metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], output_dir: str | Path) -> None:
+    """Write `metrics.json` and `detections.json`.
+
+    Reports of an earlier evaluation that found something else are removed first, and a line says so: a folder holds
+    one evaluation.
+
+    Args:
+        metrics (`Mapping`): From `drmm_hf.evaluation.evaluate.figures`.
+        entries (`Sequence[Mapping]`): The COCO results that they are of.
+        output_dir (`str` or `Path`): Where to write; it is made if it does not exist.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output_dir) as aside:
+        (Path(aside) / "detections.json").write_text(json.dumps(entries, allow_nan=False))
+        write_json(metrics, Path(aside) / "metrics.json")
+        if not holds_figures(output_dir, metrics, entries):  # a full disk would have been noticed by now
+            stale = [name for name in REPORTS if (output_dir / name).is_file()]
+            for name in (*stale, "metrics.json"):
+                (output_dir / name).unlink(missing_ok=True)
+            if stale:
+                print(f"{output_dir} held another evaluation; its reports are removed: {', '.join(stale)}", flush=True)
+        for name in ("detections.json", "metrics.json"):
+            os.replace(Path(aside) / name, output_dir / name)
