@@ -1,4 +1,4 @@
-"""Detection of one batch, beside transformers' detectors and the machine's matrix rate; what more of anything costs."""
+"""A pass of a detector beside those of transformers and the rate of the machine; what more of anything costs."""
 
 from __future__ import annotations
 
@@ -143,9 +143,7 @@ class Pass:
         width (`int`): Pixels.
     """
 
-    def __init__(
-        self, model: nn.Module, dtype: str, device: torch.device, batch_size: int, height: int, width: int
-    ):
+    def __init__(self, model: nn.Module, dtype: str, device: torch.device, batch_size: int, height: int, width: int):
         self.device, self.model = device, model.to(device, DTYPES[dtype]).eval().requires_grad_(False)
         self.pixel_values = torch.rand(batch_size, 3, height, width, device=device).to(DTYPES[dtype])
         self.run = self.model
