@@ -435,3 +435,26 @@ def test_validation_classes_must_be_those_of_training(tiny_recipe, tmp_path):
     file.write_text(file.read_text().replace('"triangle"', '"star"'))
     with pytest.raises(ValueError, match="star"):
         train(tiny_recipe(source=str(tmp_path / "shapes")))
+
+
+def test_the_length_of_a_run_is_told_and_that_it_is_too_short_for_its_warm_up(tiny_recipe, capsys):
+    """3 steps an epoch; by the clock, which nobody knows beforehand, it is said at the end."""
+    training = tiny_recipe(warmup_steps=5, max_minutes=20, log_every=7).training
+    expected = "at most 6 steps or 20 minutes, 3 steps an epoch; a line every 7 steps"
+    assert loop.describe_length(training, 3, 6) == expected
+    assert loop.describe_length(training, math.inf, math.inf).startswith("at most 2 epochs or 20 minutes; a line")
+    warning = "warning: the run's 3 steps end within the warm-up, warmup_steps 4: the learning rate reaches 0.0005 of"
+    train(tiny_recipe(max_steps=3, warmup_steps=4))
+    said = capsys.readouterr().out
+    assert said.count(warning) == said.count("warning") == 1 and said.index(warning) < said.index("step 1 ")
+    train(
+        tiny_recipe(
+            max_minutes=1e-9, epochs=None, warmup_steps=9, schedule_by="time", output_dir=f"{training.output_dir}2"
+        )
+    )
+    said = capsys.readouterr().out
+    assert said.count("the run's 1 steps end within the warm-up") == 1 and said.index("step 1 ") < said.index(
+        "warning"
+    )
+    train(tiny_recipe(warmup_steps=5, output_dir=f"{training.output_dir}3"))
+    assert "warning" not in capsys.readouterr().out

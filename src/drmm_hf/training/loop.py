@@ -141,6 +141,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     if progress.step_in_epoch >= epochs.steps:  # resumed with larger batches
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
     accelerator.print(describe_batch(training, accelerator.num_processes))
+    accelerator.print(describe_length(training, epochs.steps, total_steps))
     if accelerator.is_main_process:
         recipe.save(output_dir / "recipe.yaml")
         data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
@@ -149,7 +150,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         )
     # DeepSpeed has stepped before we see the gradient: the first one that is not finite ends the run.
     max_skipped = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else training.max_skipped_steps
-    log = Log(accelerator, output_dir, progress, total_steps, max_skipped)
+    log = Log(accelerator, output_dir, progress, total_steps, max_skipped, training.max_minutes)
     raw_model = None if average is None else whole_model
     save = partial(
         save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
@@ -231,6 +232,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         if stop.came():
             accelerator.end_training()
             raise SystemExit(stop.exit_code)
+    if progress.step <= training.warmup_steps < total_steps:
+        accelerator.print(describe_short_run(training, progress.step))
 
     accelerator.wait_for_everyone()
     summary = {
@@ -338,6 +341,47 @@ def describe_batch(training: TrainingArguments, num_processes: int) -> str:
     ratio = size / chosen_for
     rates = sorted((training.learning_rate * ratio**0.5, training.learning_rate * ratio))
     return f"{line}\nit was chosen for an effective batch of {chosen_for}; try {rates[0]:.2g} to {rates[1]:.2g}"
+
+
+def describe_length(training: TrainingArguments, epoch_steps: float, total_steps: float) -> str:
+    """Say how long a run will be, before its first step.
+
+    Args:
+        training (`TrainingArguments`): Bounds, warm-up and how often a line is written.
+        epoch_steps (`float`): Optimiser steps in an epoch, infinite if that is not known.
+        total_steps (`float`): Optimiser steps of the run, infinite if that is not known.
+
+    Returns:
+        `str`: A line, and a second one if the run is no longer than its warm-up.
+    """
+    bounds = [] if math.isinf(total_steps) else [f"{total_steps} steps"]
+    if math.isinf(total_steps) and training.epochs is not None:
+        bounds.append(f"{training.epochs} epochs")
+    if training.max_minutes is not None:
+        bounds.append(f"{training.max_minutes:g} minutes")
+    line = f"at most {' or '.join(bounds)}"
+    if math.isfinite(epoch_steps):
+        line += f", {epoch_steps} steps an epoch"
+    line += f"; a line every {training.log_every} steps"
+    return f"{line}\n{describe_short_run(training, total_steps)}" if total_steps <= training.warmup_steps else line
+
+
+def describe_short_run(training: TrainingArguments, steps: int) -> str:
+    """Say what it means that a run ends before its warm-up does.
+
+    Args:
+        training (`TrainingArguments`): Warm-up and learning rate.
+        steps (`int`): Optimiser steps of the run, at least 1 and at most those of the warm-up.
+
+    Returns:
+        `str`: A warning.
+    """
+    start = training.warmup_start_factor
+    rate = training.learning_rate * (start + (1 - start) * (steps - 1) / training.warmup_steps)
+    return (
+        f"warning: the run's {steps} steps end within the warm-up, warmup_steps {training.warmup_steps}: the learning "
+        f"rate reaches {rate:.2g} of {training.learning_rate:g}; lower warmup_steps"
+    )
 
 
 def loss_shares(
