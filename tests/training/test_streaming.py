@@ -145,6 +145,12 @@ def test_an_empty_stream_is_an_error(tiny_recipe, monkeypatch):
         train(tiny_recipe(streaming=True, max_steps=2))
 
 
+def test_a_stream_of_bad_pictures_alone_tells_what_was_left_out(tiny_recipe, tmp_path):
+    options = parquet_folder(tmp_path / "data", [3, 2], bad=range(5)) | {"source": str(tmp_path / "data")}
+    with pytest.raises(ValueError, match="in epoch 0: .* 5 were left out of it, pictures that do not exist: 5"):
+        train(tiny_recipe(streaming=True, max_steps=2, invalid_data="skip", **options))
+
+
 def test_the_validation_split_is_no_stream_and_a_stream_has_a_fingerprint(tiny_recipe):
     data = tiny_recipe(streaming=True, max_steps=2).data
     stream, nothing = load_split(data, "train")

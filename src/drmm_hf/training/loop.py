@@ -87,6 +87,11 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     training = recipe.training
     checkpoint = find_checkpoint(output_dir, accelerator)
     if checkpoint is not None and training.find_batch_size:
+        if not (output_dir / "recipe.yaml").is_file():
+            raise ValueError(
+                f"find_batch_size is true, but {str(output_dir)!r} has lost its recipe.yaml, which has the batch size "
+                "that was found: give that as batch_size and accumulation_steps, without find_batch_size"
+            )
         stored = load_recipe(output_dir / "recipe.yaml").training
         training.batch_size, training.accumulation_steps = stored.batch_size, stored.accumulation_steps
         training.find_batch_size = False
@@ -127,12 +132,13 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     loader = accelerator.prepare(training_loader(train_set, label_map, processor, recipe, problems))
     kept_model = whole_model if average is None else average.module  # what is evaluated and saved
 
-    progress = Progress()
+    progress, lost = Progress(), []
     accelerator.register_for_checkpointing(progress, *([] if average is None else [average]))
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
         gather_weights(bare_model, whole_model)
         accelerator.print(f"resuming {checkpoint} at step {progress.step}", *changes, sep="\n")
+        lost = forget_lost_best(accelerator, output_dir, progress)
     elif training.resume:
         accelerator.print(f"nothing to resume in {output_dir}: starting")
     clock = Clock(accelerator, progress, training)
@@ -158,8 +164,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
 
     def evaluate() -> None:
         """Measure the weights that were just saved, unless an earlier part of the run did; keep the best."""
-        metrics = log.evaluation_at(progress.step)
-        is_new = metrics is None
+        metrics = logged = log.evaluation_at(progress.step)
+        is_new = logged is None or bool(lost)
         if is_new:
             metrics, detections = evaluate_model(accelerator, kept_model, processor, val_set, annotations, training)
         value = metrics.get(training.best_metric) or 0.0
@@ -171,8 +177,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 mapping = category_of_label(kept_model.config, annotations["categories"])
                 measure(detections, annotations, mapping, output_dir)
         progress.evaluation_due = False
+        lost.clear()
         clock.read()
-        if is_new:
+        if logged is None:
             log.write_evaluation(metrics)
         else:
             log.write_table()
@@ -297,6 +304,28 @@ def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list
                     + (": the learning rate follows the new length" if stretches else "")
                 )
     return lines
+
+
+def forget_lost_best(accelerator: Accelerator, output_dir: Path, progress: Progress) -> list[str]:
+    """Let the checkpoint that a run goes on from be evaluated in place of its best one, if that was deleted.
+
+    Args:
+        accelerator (`Accelerator`): With several processes, all call this; the first one looks.
+        output_dir (`Path`): Folder of the run.
+        progress (`Progress`): Where the run stands; changed if anything is missing.
+
+    Returns:
+        `list[str]`: What is missing of the best checkpoint and its figures.
+    """
+    lost = [name for name in ("best", "metrics.json", "detections.json") if not (output_dir / name).exists()]
+    (lost,) = broadcast_object_list([lost if progress.best_step is not None else []])
+    if lost:
+        accelerator.print(
+            f"missing of the best checkpoint (step {progress.best_step}): {', '.join(lost)}; that of step "
+            f"{progress.step} is evaluated in its place"
+        )
+        progress.best_value, progress.best_step, progress.evaluation_due = None, None, True
+    return lost
 
 
 def synchronize_batch_norms(accelerator: Accelerator, model: nn.Module) -> nn.Module:
