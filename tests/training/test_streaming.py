@@ -18,7 +18,7 @@ from training.test_resume import Server, assert_same, moments, results
 
 
 # Blocks of 4 pictures: four in an epoch of 14, or two in each of two workers.
-STREAM = {"streaming": "true", "shuffle_buffer": 4, "max_steps": 8, "save_every_steps": 1, "evaluate_every": 0}
+STREAM = {"streaming": "true", "shuffle_buffer": 4, "max_steps": 8, "save_every_steps": 3, "evaluate_every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def parquet_folder(folder, shards, bad=()):
 
 
 @pytest.mark.parametrize(
-    ("processes", "num_workers", "events"), [(1, 0, moments(30, 2)), (1, 2, moments(40, 1)), (2, 0, moments(50, 1))]
+    ("processes", "num_workers", "events"), [(1, 0, moments(30, 2)), (1, 2, moments(51, 1)), (2, 0, moments(47, 1))]
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(server, processes, num_workers, events):
     options = {**STREAM, "num_workers": num_workers}
