@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone-weights", metavar="FILE", help="safetensors or .pth file, or model id, of a trained backbone"
     )
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint of the run, or start if there is none"
+    )
     parser.add_argument(
         "--fields",
         action=_PrintFields,

@@ -409,7 +409,7 @@ def describe_short_run(training: TrainingArguments, steps: int) -> str:
     rate = training.learning_rate * (start + (1 - start) * (steps - 1) / training.warmup_steps)
     return (
         f"warning: the run's {steps} steps end within the warm-up, warmup_steps {training.warmup_steps}: the learning "
-        f"rate reaches {rate:.2g} of {training.learning_rate:g}; lower warmup_steps"
+        f"rate reaches at most {rate:.2g} of {training.learning_rate:g}; lower warmup_steps"
     )
 
 
