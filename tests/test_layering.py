@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,28 @@ def test_imports_point_downwards(name):
         target = imported.removeprefix("drmm_hf.")
         exception = any(target.startswith(f"{module}.") for module in EXCEPTIONS.get(name, ()))
         assert target.split(".")[0] in ALLOWED[room] | {room} or exception, f"{name}:{line} imports {imported}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_of_ours_that_is_imported_exists(name):
+    """Imports inside functions, too, which no test of the function's file may reach."""
+    for line, imported in imports(SOURCE / name):
+        if imported.startswith("drmm_hf."):
+            assert exists(imported), f"{name}:{line} imports {imported}"
+
+
+def exists(imported: str) -> bool:
+    """Return whether a module or something in a module can be imported."""
+    module, _, attribute = imported.rpartition(".")
+    try:
+        return hasattr(import_module(module), attribute) or bool(import_module(imported))
+    except ImportError:
+        return False
+
+
+def test_what_is_stale_is_noticed():
+    assert exists("drmm_hf.data.coco") and exists("drmm_hf.data.coco.save_coco")
+    assert not exists("drmm_hf.data.coco.no_such") and not exists("drmm_hf.no_such.save_coco")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("modeling/")])

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_without_a_recipe_one_is_chosen_and_kept(shapes, tmp_path, capsys):
     assert main([*command.split(), "1"]) == 0
     said = capsys.readouterr().out
     assert "no recipe is given; chosen from the data" in said and "num_queries: 100" in said
-    assert "best checkpoint (step 1) on the validation split:" in said
+    assert re.search(r"best checkpoint \(step 1\) on the validation split, in per cent: AP \d+\.\d\d  AP50 ", said)
     assert main([*command.split(), "2"]) == 0
     assert f"going on with {tmp_path / 'run' / 'recipe.yaml'}" in capsys.readouterr().out
     assert main(["train", "--max-steps", "1"]) == 2
@@ -135,4 +136,14 @@ def test_all_fields_are_listed(capsys):
         main(["train", "--fields"])
     assert left.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("training.learning_rate: float = 5e-05") for line in lines)
+    assert any(line.startswith("--learning-rate 5e-05  # training, float: Peak") for line in lines)
+
+
+def test_the_help_explains_the_usual_fields(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help"])
+    assert left.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--learning-rate float Peak learning rate of AdamW. (default of recipes: 5e-05)" in words
+    assert "--epochs int Passes over the training split. --" in words
+    assert "example: drmm train" in words

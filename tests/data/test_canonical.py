@@ -68,6 +68,7 @@ CASES = {
     "annotation id": (add("annotations", **BOX | {"id": 5}), "duplicate_annotation_id", [5, 8, 21]),
     "unknown image": (add("annotations", **BOX | {"image_id": 12}), "unknown_image", [5, 8, 21]),
     "unknown category": (add("annotations", **BOX | {"category_id": 0}), "unknown_category", [5, 8, 21]),
+    "infinite in float32": (add("annotations", **BOX | {"bbox": [1, 1, 1e200, 2]}), "box_not_finite", [5, 8, 21]),
     "nan": (add("annotations", **BOX | {"bbox": [1, 1, float("nan"), 2]}), "box_not_finite", [5, 8, 21]),
     "empty box": (add("annotations", **BOX | {"bbox": [1, 1, 0, 2]}), "box_without_area", [5, 8, 21]),
     "inverted box": (add("annotations", **BOX | {"bbox": [9, 9, -3, 2]}), "box_without_area", [5, 8, 21]),

@@ -118,6 +118,32 @@ def test_a_loader_resumes_at_the_same_batch_wherever_it_stopped(shapes, data):
         assert list(resumed) == whole[stop + 1 :]
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_loader_of_other_sizes_and_seed_goes_on_without_loss(shapes, data):
+    """No picture twice and none missing; with the next epoch it is the loader that it would have been."""
+    stream = sharded(shapes, data.draw(st.integers(1, 5)))
+
+    def build():
+        sizes = {"shuffle_buffer": data.draw(st.integers(1, 30)), "group_by_aspect_ratio": data.draw(st.booleans())}
+        loader = loader_of(stream, data.draw(st.integers(1, 7)), seed=data.draw(st.integers(0, 9)), **sizes)
+        loader.collate = lambda pairs: [pair[1]["image_id"] for pair in pairs]
+        return loader
+
+    first, second = build(), build()
+    batches = iter(first)
+    before = [next(batches) for _ in range(data.draw(st.integers(1, 3)))]
+    second.load_state_dict(first.state_dict())
+    rest = list(second)
+    assert sorted(sum(before + rest, [])) == sorted(shapes["image_id"])
+    assert sum(rest, []) == sum(batches, [])  # in the order of the first
+    assert max(map(len, rest), default=0) <= second.batch_size
+    fresh = loader_of(stream, second.batch_size, seed=second.seed, shuffle_buffer=second.block_size,
+                      group_by_aspect_ratio=second.group_by_aspect_ratio)  # fmt: skip
+    fresh.collate = second.collate
+    assert epoch_of(second, 1) == epoch_of(fresh, 1)
+
+
 @pytest.mark.parametrize("stop", [0, 7, 10])
 @pytest.mark.parametrize(("saved_with", "resumed_with"), [(2, 2), (2, 0), (2, 1)])
 def test_workers_resume_at_the_same_batch(shapes, saved_with, resumed_with, stop):

@@ -370,9 +370,10 @@ def test_what_the_first_process_finds_is_said_in_all(both):
         assert "holds no whole checkpoint: last (weights are missing)" in damaged
 
 
-def find_while_one_is_short_of_memory(accelerator, _):
+def find_while_one_is_short_of_memory(accelerator, _, **fields):
     """Let more than 2 pictures fit into the first process only."""
-    model, optimizer = accelerator.prepare(bare := build(), torch.optim.AdamW(bare.parameters(), fused=True))
+    bare = build(**fields)
+    model, optimizer = accelerator.prepare(bare, torch.optim.AdamW(bare.parameters(), fused=True))
     forward = bare.forward
 
     def limited(pixel_values, *args, **kwargs):
@@ -385,8 +386,10 @@ def find_while_one_is_short_of_memory(accelerator, _):
         return find_batch_size(accelerator, bare, optimizer, training, longest_edge=64, most=3)
 
 
-def test_the_batch_size_found_is_what_fits_into_every_process(both):
-    assert both["find batch size"] == [(2, 4), (2, 4)]
+@pytest.mark.parametrize("head_type", ["mixture", "box"])
+def test_the_batch_size_found_is_what_fits_into_every_process(both, head_type):
+    """Also where processes exchange a number inside the loss: they would wait for the one that is out of memory."""
+    assert both[f"find batch size, {head_type}"] == [(2, 4), (2, 4)]
 
 
 JOBS = {
@@ -398,7 +401,7 @@ JOBS = {
     "saved by one": load_in_each,
     **{f"disk full for {rank}": partial(save_on_a_full_disk, rank=rank) for rank in (0, 1)},
     "lock and look": lock_and_look,
-    "find batch size": find_while_one_is_short_of_memory,
+    **{f"find batch size, {t}": partial(find_while_one_is_short_of_memory, head_type=t) for t in ("mixture", "box")},
 }
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+import shlex
 
 import pytest
 
 from drmm_hf import DrmmConfig
-from drmm_hf.training.arguments import DataArguments, TrainingArguments, load_recipe
+from drmm_hf.commands.train import parse_fields
+from drmm_hf.training.arguments import DataArguments, TrainingArguments, make_recipe
 from drmm_hf.training.fields import recipe_fields
 
 
@@ -19,14 +21,10 @@ def test_every_field_is_listed_once():
     assert sorted(field.name for field in recipe_fields()) == sorted(own)
 
 
-def test_the_listed_defaults_are_the_recipe_that_says_nothing(tmp_path):
-    sections = {"model": [], "data": [], "training": []}
-    for field in recipe_fields():
-        if not field.default.startswith("("):
-            sections[field.section].append(f"  {field.name}: {field.default}\n")
-    text = "".join(f"{section}:\n{''.join(lines)}" for section, lines in sections.items())
-    (tmp_path / "recipe.yaml").write_text(text)
-    recipe = load_recipe(tmp_path / "recipe.yaml", {"epochs": 1})
+def test_the_listed_defaults_are_the_recipe_that_says_nothing():
+    """Typed as they are listed, by a shell that leaves comments out."""
+    typed = [word for field in recipe_fields() for word in shlex.split(str(field), comments=True)]
+    recipe = make_recipe({}, {**parse_fields(typed), "epochs": 1})
     assert recipe.data == DataArguments() and recipe.training == TrainingArguments(epochs=1)
     assert DrmmConfig(**recipe.model).to_dict() == DrmmConfig().to_dict()
 
@@ -34,15 +32,15 @@ def test_the_listed_defaults_are_the_recipe_that_says_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("num_queries", "model.num_queries: int = 300  # Number K of mixture components, one a query."),
+        ("num_queries", "--num-queries 300  # model, int: Number K of mixture components, one a query."),
         (
             "neck_type",
-            "model.neck_type: fpn | channel_mapping | null = (that of the decoder)  # What turns the backbone's four "
-            "maps into maps of `hidden_size` channels.",
+            "--neck-type null  # model, fpn | channel_mapping | null: What turns the backbone's four maps into maps "
+            "of `hidden_size` channels. By default that of the decoder.",
         ),
-        ("loss_weight", "model.loss_weight: float = 1.0  # Factor of the whole loss."),
-        ("betas", "training.betas: list of float = [0.9, 0.999]  # AdamW's two decay rates."),
-        ("schedule_by", 'training.schedule_by: steps | time = "steps"  # Progress of the schedule is'),
+        ("loss_weight", "--loss-weight 1.0  # model, float: Factor of the whole loss."),
+        ("betas", "--betas '[0.9, 0.999]'  # training, list of float: AdamW's two decay rates."),
+        ("schedule_by", "--schedule-by steps  # training, steps | time: Progress of the schedule is"),
     ],
 )
 def test_a_field_is_one_line(name, line):

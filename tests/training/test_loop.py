@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from functools import partialmethod
 from pathlib import Path
@@ -435,3 +436,50 @@ def test_validation_classes_must_be_those_of_training(tiny_recipe, tmp_path):
     file.write_text(file.read_text().replace('"triangle"', '"star"'))
     with pytest.raises(ValueError, match="star"):
         train(tiny_recipe(source=str(tmp_path / "shapes")))
+
+
+def test_the_length_of_a_run_is_told_and_that_it_is_too_short_for_its_warm_up(tiny_recipe, capsys):
+    """3 steps an epoch; by the clock, which nobody knows beforehand, it is said at the end."""
+    training = tiny_recipe(warmup_steps=5, max_minutes=20, log_every=7).training
+    expected = "at most 6 steps or 20 minutes, 3 steps an epoch; a line every 7 steps"
+    assert loop.describe_length(training, 3, 6) == expected
+    assert loop.describe_length(training, math.inf, math.inf).startswith("at most 2 epochs or 20 minutes; a line")
+    warning = (
+        "warning: the run's 3 steps end within the warm-up, warmup_steps 4: the learning rate reaches at most "
+    )
+    train(tiny_recipe(max_steps=3, warmup_steps=4))
+    said = capsys.readouterr().out
+    assert said.count(warning) == said.count("warning") == 1 and said.index(warning) < said.index("step 1 ")
+    train(
+        tiny_recipe(
+            max_minutes=1e-9, epochs=None, warmup_steps=9, schedule_by="time", output_dir=f"{training.output_dir}2"
+        )
+    )
+    said = capsys.readouterr().out
+    assert said.count("the run's 1 steps end within the warm-up") == 1 and said.index("step 1 ") < said.index(
+        "warning"
+    )
+    train(tiny_recipe(warmup_steps=5, output_dir=f"{training.output_dir}3"))
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["best", "metrics.json", "detections.json"])
+def test_a_best_checkpoint_that_was_deleted_is_replaced_by_the_newest(tiny_recipe, tmp_path, capsys, name):
+    """In a finished run, where it is not the best one; the log stays as it was."""
+    first = train(tiny_recipe(evaluate_every=1, save_every_steps=1))
+    path, lines = tmp_path / "run" / name, rows(tmp_path / "run")
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = train(tiny_recipe(evaluate_every=1, save_every_steps=1, resume=True))
+    said = capsys.readouterr().out
+    assert f"missing of the best checkpoint (step {first['best_step']}): {name}; that of step 6 is evaluated" in said
+    assert (again["steps"], again["best_step"]) == (6, 6) and path.exists()
+    assert again["AP"] == lines[-1]["AP"] and rows(tmp_path / "run") == lines
+    best, last = weights(tmp_path / "run" / "best"), weights(tmp_path / "run" / "last")
+    assert all(torch.equal(tensor, last[name]) for name, tensor in best.items())
+
+
+def test_a_batch_size_that_was_found_is_asked_for_where_the_recipe_is_lost(tiny_recipe, tmp_path):
+    train(tiny_recipe(max_steps=1))
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(ValueError, match="lost its recipe.yaml.* give that as batch_size and accumulation_steps"):
+        train(tiny_recipe(max_steps=2, find_batch_size=True, resume=True))

@@ -84,3 +84,35 @@ def test_a_chosen_recipe_trains(shapes, tmp_path):
     small = {"shortest_edge": 64, "short_edges": "[64]", "crop_short_edges": "[64]", "crop_sizes": "[48, 64]"}
     recipe, _ = choose_recipe(str(shapes), {**options, **small, "longest_edge": 96})
     assert train(recipe)["steps"] == 1
+
+
+@pytest.mark.parametrize("choose", [few, many])
+@pytest.mark.parametrize("edge", [20, 64, 100, 333, 1200])
+def test_sizes_of_the_augmentation_follow_the_size_of_the_input(choose, edge):
+    """In the same proportions as at the size that the pictures would have chosen, but for rounding to 16 pixels."""
+    chosen, given = choose(FACTS)["data"], choose(FACTS, edge)["data"]
+    assert given["shortest_edge"] == edge and edge in given["short_edges"]
+    for name in ("longest_edge", "short_edges", "crop_short_edges", "crop_sizes"):
+        expected, found = ([sizes] if name == "longest_edge" else sizes for sizes in (chosen[name], given[name]))
+        for size in (min, max):
+            assert size(found) == pytest.approx(size(expected) * edge / chosen["shortest_edge"], abs=17)
+
+
+@pytest.mark.parametrize("edge", [48, 2000])
+def test_a_size_that_is_given_is_said_to_be(shapes, edge):
+    recipe, notes = choose_recipe(str(shapes), {"shortest-edge": str(edge), "num-queries": "300"})
+    assert recipe.data.shortest_edge == edge <= max(recipe.data.short_edges) < 1.5 * edge
+    assert recipe.data.longest_edge >= edge
+    assert f"shortest_edge: {edge}, as given" in notes and "num_queries: 300, as given" in notes
+    assert not any("pictures' own" in note or "at least 3" in note for note in notes)
+
+
+def test_pictures_to_learn_by_heart_are_not_augmented(tmp_path):
+    save_coco(generate_shapes(40, 0, (64, 64)), tmp_path / "shapes", "train")
+    recipe, notes = choose_recipe(str(tmp_path / "shapes"), {"overfit": "4"})
+    data = recipe.data
+    assert (data.augmentation, data.colour_distortion, data.holdout) == ("none", 0, None)
+    assert "augmentation: none, so that 4 pictures can be learnt by heart (overfit)" in notes
+    assert not any(note.startswith(("holdout", "augmentation: flips")) for note in notes)
+    recipe, notes = choose_recipe(str(tmp_path / "shapes"), {"overfit": "4", "augmentation": "flip"})
+    assert recipe.data.augmentation == "flip" and "augmentation: flip, as given" in notes

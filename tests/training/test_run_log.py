@@ -38,7 +38,9 @@ def optimizer():
 
 def log_of(tmp_path, terms, num_objects, image_ids):
     """Log one optimiser step of batches with the given loss terms, objects and ids a picture."""
-    log = Log(Accelerator(cpu=True), tmp_path, Progress(step=1), 10)
+    progress = Progress()
+    log = Log(Accelerator(cpu=True), tmp_path, progress, 10)
+    progress.step = 1
     log.add(batches_of(num_objects, image_ids), terms, torch.tensor(2.0))
     log.write_training(optimizer())
     return rows(tmp_path)[-1]
@@ -48,7 +50,8 @@ def test_the_last_stage_is_the_one_shown(tmp_path, capsys):
     terms = [{"loss": torch.tensor(1.0), **{f"giou.stage{s}": torch.tensor(float(s)) for s in range(11)}}]
     log_of(tmp_path, terms, [[1]], [[1]])
     shown = capsys.readouterr().out
-    assert "giou.stage10" in shown and "giou.stage9" not in shown
+    assert shown.startswith("[0.0 min, about ") and shown.endswith("  last stage: giou 10\n")
+    assert "giou.stage" not in shown
 
 
 def test_terms_are_logged_per_ground_truth(tmp_path):
@@ -121,3 +124,22 @@ def test_results_are_a_table_with_a_line_an_evaluation(tmp_path):
     assert [(row["step"], row["loss"], row["AP"]) for row in table] == [("1", "8.0", "0.25"), ("2", "4.0", "0.5")]
     assert log.evaluation_at(2)["AP"] == 0.5
     assert log.evaluation_at(3) is None
+
+
+def test_printed_lines_tell_the_minutes_left_and_per_cent(tmp_path, capsys):
+    """At the pace since this part of the run began, or by the clock where that comes first."""
+    for max_minutes, left in ((None, "6.0"), (5, "2.0")):
+        log = Log(Accelerator(cpu=True), tmp_path, Progress(step=10, seconds=60), 50, max_minutes=max_minutes)
+        log.progress.step, log.progress.seconds = 20, 180.0
+        log.write_evaluation({"AP": 0.5512, "AP50": None, "ECE": 0.01})
+        said = capsys.readouterr().out
+        assert said == f"[3.0 min, about {left} left] epoch 0 step 20  validation in per cent: AP 55.12  ECE 1.00\n"
+    assert rows(tmp_path)[-1]["AP"] == 0.5512
+
+
+def test_a_first_line_comes_after_ten_seconds(tmp_path, capsys):
+    log = Log(Accelerator(cpu=True), tmp_path, Progress(), 100)
+    for log.progress.step, log.progress.seconds in ((1, 6.0), (2, 12.0), (3, 18.0)):
+        log.add(batches_of([[1]], [[3]]), [{"loss": torch.tensor(1.0)}], torch.tensor(1.0))
+    assert capsys.readouterr().out == "[0.2 min, about 9.8 left] epoch 0 step 2\n"
+    assert rows(tmp_path) == []

@@ -28,8 +28,8 @@ WAYS = {
     "whole model": FSDP | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     "layer by layer": FSDP | {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},  # by `_no_split_modules`
 }
-# As in `test_resume`: 4 optimiser steps an epoch for one process, so 2 here, of 2 batches in each process.
-OPTIONS = {"num_train_images": 16, "save_every_steps": 1, "evaluate_every": 2, "epochs": 2}
+# One epoch of two steps, of 2 batches in each process.
+OPTIONS = {"processes": 2, "num_train_images": 16, "save_every_steps": 1, "evaluate_every": 0, "epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(server):
-    assert server.train("plain", processes=2, **OPTIONS) == [0, 0], server.output()
-    return lines(server.folder / "plain")
+def sharded(server):
+    assert server.train("sharded", environment=WAYS["layer by layer"], **OPTIONS) == [0, 0], server.output()
+    return server.folder / "sharded"
 
 
 def lines(folder):
@@ -56,28 +56,29 @@ def models(folder):
     return {file: load_file(folder / file) for file in files}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_sharded_run_is_the_run_of_ddp_and_resumes_bit_by_bit(server, plain, way):
-    options = {"processes": 2, "environment": WAYS[way], **OPTIONS}
-    assert server.train(way, **options) == [0, 0], server.output()
-    found = lines(server.folder / way)
-    assert len(found) == len(plain) == 5
+def test_a_sharded_run_is_the_run_of_ddp(server, sharded):
+    assert server.train("plain", **OPTIONS) == [0, 0], server.output()
+    found, plain = lines(sharded), lines(server.folder / "plain")
+    assert len(found) == len(plain) == 3
     for row, expected in zip(found, plain, strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-3)
     for file, weights in models(server.folder / "plain").items():
-        for name, tensor in models(server.folder / way)[file].items():
+        for name, tensor in models(sharded)[file].items():
             torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-4, msg=f"{file}: {name}")
-    _, loading = DrmmForObjectDetection.from_pretrained(server.folder / way / "best", output_loading_info=True)
+    _, loading = DrmmForObjectDetection.from_pretrained(sharded / "best", output_loading_info=True)
     assert not any(loading.values())
 
-    killed = f"{way}, killed"
-    codes = server.train(killed, inside="step-00000001", at_event=1, **options)  # in its second save
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_run_ends_with_the_same_bits_however_it_is_sharded(server, sharded, way):
+    options = {"environment": WAYS[way], **OPTIONS}
+    codes = server.train(way, inside="step-00000001", at_event=1, **options)  # in its second save
     assert codes[0] == -signal.SIGKILL, server.output()
-    assert server.train(killed, **options) == [0, 0], server.output()
+    assert server.train(way, **options) == [0, 0], server.output()
     assert "at step 1" in server.output()
-    assert lines(server.folder / killed) == found
-    for file, weights in models(server.folder / way).items():
-        for name, tensor in models(server.folder / killed)[file].items():
+    assert lines(server.folder / way) == lines(sharded)
+    for file, weights in models(sharded).items():
+        for name, tensor in models(server.folder / way)[file].items():
             assert torch.equal(tensor, weights[name]), f"{file}: {name}"
 
 
@@ -119,8 +120,8 @@ def test_what_fsdp_cannot_do_is_refused_before_the_run(tiny_recipe, monkeypatch)
     plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)
     state = SimpleNamespace(fsdp_plugin=plugin)
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
-    check_sharding(accelerator, tiny_recipe().training)
-    for name in ("compile", "channels_last", "find_batch_size"):
+    check_sharding(accelerator, tiny_recipe(compile=True).training)
+    for name in ("channels_last", "find_batch_size"):
         with pytest.raises(ValueError, match=f"training.{name} is true: it must be false with FSDP"):
             check_sharding(accelerator, tiny_recipe(**{name: True}).training)
     for name, value, words in (("fsdp_version", 1, "is 1"), ("cpu_ram_efficient_loading", True, "is true")):

@@ -18,7 +18,7 @@ from training.test_resume import Server, assert_same, moments, results
 
 
 # Blocks of 4 pictures: four in an epoch of 14, or two in each of two workers.
-STREAM = {"streaming": "true", "shuffle_buffer": 4, "max_steps": 8, "save_every_steps": 1, "evaluate_every": 0}
+STREAM = {"streaming": "true", "shuffle_buffer": 4, "max_steps": 8, "save_every_steps": 3, "evaluate_every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def parquet_folder(folder, shards, bad=()):
 
 
 @pytest.mark.parametrize(
-    ("processes", "num_workers", "events"), [(1, 0, moments(30, 2)), (1, 2, moments(40, 1)), (2, 0, moments(50, 1))]
+    ("processes", "num_workers", "events"), [(1, 0, moments(30, 2)), (1, 2, moments(51, 1)), (2, 0, moments(47, 1))]
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(server, processes, num_workers, events):
     options = {**STREAM, "num_workers": num_workers}
@@ -143,6 +143,12 @@ def test_an_empty_stream_is_an_error(tiny_recipe, monkeypatch):
     monkeypatch.setattr(StreamLoader, "__iter__", lambda loader: iter(()))
     with pytest.raises(ValueError, match="stream of training pictures ended where the run stands, in epoch 0"):
         train(tiny_recipe(streaming=True, max_steps=2))
+
+
+def test_a_stream_of_bad_pictures_alone_tells_what_was_left_out(tiny_recipe, tmp_path):
+    options = parquet_folder(tmp_path / "data", [3, 2], bad=range(5)) | {"source": str(tmp_path / "data")}
+    with pytest.raises(ValueError, match="in epoch 0: .* 5 were left out of it, pictures that do not exist: 5"):
+        train(tiny_recipe(streaming=True, max_steps=2, invalid_data="skip", **options))
 
 
 def test_the_validation_split_is_no_stream_and_a_stream_has_a_fingerprint(tiny_recipe):

@@ -69,7 +69,7 @@ def test_training_curves_show_the_loss_and_the_share_of_each_stage(tmp_path, fig
     plots.training_curves(log(tmp_path / "log.jsonl", records), tmp_path / "curves.png")
     left, right = figures[0].axes
     assert left.lines[0].get_ydata().tolist() == [100.0 - step for step in range(0, 100, 10)]
-    assert [line.get_label() for line in right.lines[1::2]] == ["stage 0", "stage 2", "stage 10"]
+    assert [line.get_label() for line in right.lines[1::2]] == ["stage 1", "stage 3", "stage 11"]
     assert right.lines[0].get_ydata() == pytest.approx(np.full(10, np.exp(-1)))
     assert right.lines[2].get_ydata() == pytest.approx(np.exp(-np.arange(0, 1, 0.1)))
     assert (tmp_path / "curves.png").stat().st_size > 1000

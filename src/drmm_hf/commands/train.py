@@ -22,15 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "drmm train [RECIPE] [--data DIR] [--backbone-weights FILE] [--output DIR] [--resume] [--field value ...]"
     )
     parser.description = (
-        "Train a detector. RECIPE is a yaml file with the sections model, data and training; without it, one is "
-        "chosen from the data. --field value overrides a field of it."
+        "Train a detector. RECIPE is a yaml file with the sections model, data and training;\n"
+        "without it, one is chosen from the data. --field value overrides a field of it."
     )
     parser.add_argument("--data", metavar="DIR", help="COCO folder, Hub id or image folder (data.source)")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (training.output_dir)")
     parser.add_argument(
         "--backbone-weights", metavar="FILE", help="safetensors or .pth file, or model id, of a trained backbone"
     )
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint of the run, or start if there is none"
+    )
     parser.add_argument(
         "--fields",
         action=_PrintFields,
@@ -40,6 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list all fields and leave",
     )
     parser.set_defaults(fields=[])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"{_usual_fields()}\n{parser.epilog}"
+
+
+# Fields that are set most often.
+_USUAL = ("shortest_edge", "longest_edge", "augmentation", "invalid_data", "num_workers", "overfit", "init_from",
+          "batch_size", "learning_rate", "warmup_steps", "epochs", "max_minutes")  # fmt: skip
+
+
+def _usual_fields() -> str:
+    """Return the part of the help that explains them, from their own documentation."""
+    from ..training.fields import recipe_fields
+
+    fields = {field.name: field for field in recipe_fields()}
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    group = parser.add_argument_group("fields that are set most often (--fields lists all)")
+    for field in map(fields.__getitem__, _USUAL):
+        default = "" if field.default == "null" else f" (default of recipes: {field.default})"
+        metavar = field.type.replace(" | null", "").replace(" ", "")
+        group.add_argument(field.option, metavar=metavar, help=f"{field.meaning}{default}".replace("%", "%%"))
+    return parser.format_help()
 
 
 class _PrintFields(argparse.Action):
@@ -78,15 +101,14 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.report import examples
     from ..training.build import load_split
     from ..training.loop import train
+    from ..training.run_log import per_cent
     from ..visualization.evaluation_pictures import draw_detections
 
     logging.disable_progress_bar()  # of each model file written or read
     summary = train(recipe)
     if PartialState().is_main_process:
         output_dir = Path(recipe.training.output_dir)
-        figures = {name: summary[name] for name in ("AP", "AP50", "AP75", "ECE")}
-        words = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
-        print(f"best checkpoint (step {summary['best_step']}) on the validation split:", *words, sep="  ")
+        print(f"best checkpoint (step {summary['best_step']}) on the validation split, {per_cent(summary)}")
         print(f"{summary['steps']} steps, {summary['images']} images, {summary['seconds'] / 60:.1f} minutes")
         _draw_curves(output_dir)
         val_set, annotations = load_split(recipe.data, "val")

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import stat
-import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -418,7 +417,7 @@ def _checked_annotations(
             message = f"category_id {category_id} is not among the categories {sorted(known)}"
             problems.add("unknown_category", where(position), message)
         elif not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
-            problems.add("box_not_finite", where(position), f"bbox is {bbox!r}, must be 4 finite numbers")
+            problems.add("box_not_finite", where(position), f"bbox is {bbox!r}, must be 4 finite numbers below 2**63")
         else:
             values = (position, rows[image_id], annotation_id, category_id, int(crowd or 0))
             for column, value in zip(integers.values(), values, strict=True):
@@ -468,7 +467,8 @@ def _absent(path: str) -> tuple[str, str] | None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Return whether a value is a number that stays finite in float32, as the product of two does."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _mapped(table: InMemoryTable, path: Path) -> InMemoryTable | MemoryMappedTable:

@@ -2,9 +2,10 @@
 
 Each process has its share of the shards, or of the rows of every shard where the shards do not divide by the
 processes. A worker reads its shards one after another into blocks of rows, undecoded, and shuffles each block as a
-whole. So a position is where a block starts, which `datasets` can return to, and how many of its batches were taken:
-to resume is to read one block again, without decoding what was taken. A buffer whose rows are replaced one by one, as
-that of `datasets`, would mix rows a little further, but no position short of the epoch's start would restore it.
+whole. So a position is where a block starts, which `datasets` can return to, how many of its rows were taken, and what
+their order depends on: to resume is to read one block again, without decoding what was taken, and no row is lost or
+comes twice, whatever the sizes and the seed of the loader that goes on. A buffer whose rows are replaced one by one,
+as that of `datasets`, would mix rows a little further, but no position short of the epoch's start would restore it.
 
 The random numbers of a picture depend on the seed, the epoch and its id alone.
 """
@@ -88,7 +89,9 @@ class StreamLoader:
         start = {"shard": 0, "rows": None, "block": 0, "taken": 0}
         shards = self.stream.num_shards // (self.num_ranks if self.splits_shards else 1)
         lanes = [dict(start) for _ in range(min(max(1, self.num_workers), shards))]
-        self.position = {"epoch": epoch, "next": 0, "lanes": lanes, "left_out": {}}
+        together = self.batch_size if self.group_by_aspect_ratio else 1  # rows of like shape
+        order = {"seed": self.seed, "block_size": self.block_size, "together": together}
+        self.position = {"epoch": epoch, "order": order, "next": 0, "lanes": lanes, "left_out": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch that was handed out: numbers, texts, lists and dicts."""
@@ -98,10 +101,11 @@ class StreamLoader:
         """Go to a position.
 
         The batches that follow are those that would have followed, with any number of workers that divides the one
-        that it was saved with; with others they are the same in another order.
+        that it was saved with; with others they are the same in another order. To the end of the epoch, seed, blocks
+        and grouping are those of the position; another batch size cuts the same order of pictures.
 
         Args:
-            state (`dict`): From `state_dict` of a loader with the same stream, sizes and seed.
+            state (`dict`): From `state_dict` of a loader with the same stream.
         """
         self.position = deepcopy(state)
 
@@ -155,37 +159,37 @@ class _Lanes(torch.utils.data.IterableDataset):
 
     def _lane(self, number: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]]:
         """Yield batches, each with the position after it and what was left out since the one before."""
-        size, start = self.loader.block_size, self.position["lanes"][number]
-        reader = _Rows(self.loader, self.position["epoch"], number, len(self.position["lanes"]), start)
+        size, start = self.loader.batch_size, self.position["lanes"][number]
+        reader = _Rows(self.loader, self.position, number)
         rows, block, taken = iter(reader), start["block"], start["taken"]
         while True:
             start = {**reader.state(), "block": block}
-            batches = self._shuffled(list(islice(rows, size)), number, block)
+            pending = self._shuffled(list(islice(rows, self.position["order"]["block_size"])), number, block)
             found = self._found()
             if taken:  # it was counted with the first batch
                 found = {}
-            if not batches:
+            if not pending:
                 yield {**reader.state(), "block": block, "taken": 0}, found, None
                 return
-            del batches[:taken]
-            while batches:
-                batch = self._batch(batches.pop(0))
+            del pending[:taken]
+            while pending:
+                batch, taken = self._batch(pending[:size]), taken + len(pending[:size])
+                del pending[:size]
                 total = Problems(found=found)
                 total.merge(self._found())
-                taken += 1
                 yield {**start, "taken": taken}, total.found, batch
                 found = {}
             block, taken = block + 1, 0
 
-    def _shuffled(self, rows: list[dict[str, Any]], lane: int, block: int) -> list[list[dict[str, Any]]]:
-        """Cut a block into the rows of batches."""
-        loader, size = self.loader, self.loader.batch_size
-        rng = np.random.default_rng([loader.seed, self.position["epoch"], loader.rank, lane, block])
+    def _shuffled(self, rows: list[dict[str, Any]], lane: int, block: int) -> list[dict[str, Any]]:
+        """Shuffle a block, the rows of a batch together if they are to be of like shape."""
+        seed, together = self.position["order"]["seed"], self.position["order"]["together"]
+        rng = np.random.default_rng([seed, self.position["epoch"], self.loader.rank, lane, block])
         order = rng.permutation(len(rows))
-        if loader.group_by_aspect_ratio:
+        if together > 1:
             ratios = np.array([row["width"] / row["height"] for row in rows])
-            order = grouped_by_ratio(order, ratios, size, rng)
-        return [[rows[index] for index in order[at : at + size]] for at in range(0, len(rows), size)]
+            order = grouped_by_ratio(order, ratios, together, rng)
+        return [rows[index] for index in order]
 
     def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         pairs = [pair for row in rows if (pair := self._pair(row)) is not None]
@@ -194,7 +198,7 @@ class _Lanes(torch.utils.data.IterableDataset):
     def _pair(self, row: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
         """Read a row; None if its picture is bad and bad ones are left out."""
         loader = self.loader
-        key = (loader.seed, self.position["epoch"], row["image_id"] % 2**64)
+        key = (self.position["order"]["seed"], self.position["epoch"], row["image_id"] % 2**64)
         try:
             return read_pair(row, loader.label_map, loader.augmentation, key)
         except (OSError, ValueError):
@@ -214,14 +218,16 @@ class _Lanes(torch.utils.data.IterableDataset):
 
 
 class _Rows:
-    """Read the shards of one lane one after another, from a state."""
+    """Read the shards of one lane one after another, from a position."""
 
-    def __init__(self, loader: StreamLoader, epoch: int, lane: int, num_lanes: int, state: Mapping[str, Any]) -> None:
-        order = np.random.default_rng([loader.seed, epoch]).permutation(loader.stream.num_shards)
+    def __init__(self, loader: StreamLoader, position: Mapping[str, Any], lane: int) -> None:
+        lanes = position["lanes"]
+        rng = np.random.default_rng([position["order"]["seed"], position["epoch"]])
+        order = rng.permutation(loader.stream.num_shards)
         if loader.splits_shards:
             order = order[loader.rank :: loader.num_ranks]
-        self.loader, self.order = loader, order[lane::num_lanes].tolist()
-        self.shard, self.saved, self.rows = state["shard"], state["rows"], None
+        self.loader, self.order = loader, order[lane :: len(lanes)].tolist()
+        self.shard, self.saved, self.rows = lanes[lane]["shard"], lanes[lane]["rows"], None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         loader, stream = self.loader, self.loader.stream

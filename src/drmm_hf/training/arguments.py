@@ -47,7 +47,7 @@ class DataArguments:
         image_size (`list[int]`): (height, width) of generated pictures; read with `source: generated` only.
         shortest_edge (`int`): Shorter side of the model input, pixels.
         longest_edge (`int`): Upper bound of its longer side, pixels.
-        augmentation (`str`): A preset of `drmm_hf.data.augmentation.build_augmentation`, or a function of yours as
+        augmentation (`str`): `none`, `flip`, `flip_multiscale`, `paper`, `small_data`, or a function of yours as
             `package.module:function`.
         horizontal_flip (`float`): Probability of a left-right flip, in presets with flips.
         vertical_flip (`float`): Probability of an upside-down flip, in presets with flips.

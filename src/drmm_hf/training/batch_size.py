@@ -60,7 +60,9 @@ def _fits(accelerator: Accelerator, model, optimizer, size: int, edge: int, most
             module.eval()  # in training they wait for other processes; the loop sets all back to training
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    fits = True
+    criterion, fits = model.loss_function, True
+    # Under other names, the terms of a box head are not divided by what is counted in all processes together.
+    model.loss_function = lambda *args: {f"{name}, tried": term for name, term in criterion(*args).items()}
     with torch.random.fork_rng(devices):
         try:
             _step_twice(model, optimizer.optimizer, _batch(size, edge, most, accelerator.device))
@@ -68,6 +70,8 @@ def _fits(accelerator: Accelerator, model, optimizer, size: int, edge: int, most
             if not should_reduce_batch_size(error):
                 raise
             fits = False
+        finally:
+            model.loss_function = criterion
     model.zero_grad()
     optimizer.optimizer.state.clear()
     for buffer, kept in buffers:

@@ -7,7 +7,8 @@ training.
 
 A folder is written aside, brought to the disk (fsync of every file and folder) and renamed when complete: after a
 killed process or a power cut the earlier one is whole. A checkpoint ends with a record of its files, their sizes and
-checksums, so that one which was damaged later is noticed and the one before it is used.
+checksums, so that one which was damaged later is noticed and the one before it is used. The settings of model and
+processor may be edited.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from torch import nn
 STATE_FOLDER = "training_state"
 RECORD = f"{STATE_FOLDER}/record.json"
 RAW_VARIANT = "raw"
+# Of a model folder: may be changed by hand or by `drmm calibrate`, and a run that goes on does not read them.
+SETTINGS = ("config.json", "preprocessor_config.json")
 
 
 @dataclass
@@ -313,6 +316,8 @@ def _damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return f"{RECORD} cannot be read"
     for name, (size, checksum) in files.items():
+        if name in SETTINGS:
+            continue
         try:
             found = _checksum(folder / name)
         except FileNotFoundError:

@@ -62,9 +62,12 @@ class Epochs:
         batches = iter(self.loader)
         group, position = self._next_step(batches)
         if not group:
+            left_out = self._left_out()
             raise ValueError(
                 f"the stream of training pictures ended where the run stands, in epoch {self.progress.epoch}: each of "
                 "the processes needs one more picture at least"
+                + f"; {len(left_out)} were left out of it, {'; '.join(left_out.lines())}"
+                * bool(left_out.found)
             )
         while group:
             following, later = self._next_step(batches)
@@ -84,11 +87,16 @@ class Epochs:
             group = group[: int(count)]
         return group, self.loader.state_dict()
 
-    def _report(self) -> None:
-        """Print what the policy `skip` left out of the epoch in all processes."""
+    def _left_out(self) -> Problems:
+        """Gather what the policy `skip` left out of the epoch in all processes."""
         total = Problems()
         for found in gather_object([self.loader.left_out]):
             total.merge(found)
+        return total
+
+    def _report(self) -> None:
+        """Print what was left out."""
+        total = self._left_out()
         if total.found:
             lines = "\n  ".join(total.lines())
             self.accelerator.print(f"epoch {self.progress.epoch}, left out of the stream: {len(total)}\n  {lines}")

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 import types
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -21,10 +22,10 @@ class RecipeField(NamedTuple):
 
     Attributes:
         section (`str`): "model", "data" or "training".
-        name (`str`): as in the yaml file; on the command line with dashes.
+        name (`str`): as in the yaml file.
         type (`str`): what may be written, with choices spelt out.
-        default (`str`): as yaml writes it, or in parentheses what it follows from.
-        meaning (`str`): the first sentence of its documentation.
+        default (`str`): as it may be written.
+        meaning (`str`): the first sentence of its documentation; where the default is null, what it then follows from.
     """
 
     section: str
@@ -33,9 +34,14 @@ class RecipeField(NamedTuple):
     default: str
     meaning: str
 
+    @property
+    def option(self) -> str:
+        """The name as it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
     def __str__(self):
-        """Return one line, so that a list of them can be searched."""
-        return f"{self.section}.{self.name}: {self.type} = {self.default}  # {self.meaning}"
+        """Return one line, so that a list of them can be searched: what is typed to get the default, and a comment."""
+        return f"{self.option} {shlex.quote(self.default)}  # {self.section}, {self.type}: {self.meaning}"
 
 
 def recipe_fields() -> list[RecipeField]:
@@ -50,9 +56,10 @@ def recipe_fields() -> list[RecipeField]:
         own = {field.name: field for field in dataclasses.fields(owner)}
         for name, remark, text in _documented(owner):
             default = _default(own[name])
-            stated = re.search(r"defaults to (?!`)(.+)", remark)
-            shown = f"({stated[1]})" if default is None and stated else json.dumps(default)
+            shown = default if isinstance(default, str) else json.dumps(default)
             meaning = re.match(r".+?\.(?= |$)", text)[0]
+            if default is None and (stated := re.search(r"defaults to (?!`)(.+)", remark)):
+                meaning += f" By default {stated[1]}."
             found.append(RecipeField(section, name, _in_words(hints[name]), shown, meaning))
     return found
 

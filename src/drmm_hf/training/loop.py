@@ -88,6 +88,11 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     training = recipe.training
     checkpoint = find_checkpoint(output_dir, accelerator)
     if checkpoint is not None and training.find_batch_size:
+        if not (output_dir / "recipe.yaml").is_file():
+            raise ValueError(
+                f"find_batch_size is true, but {str(output_dir)!r} has lost its recipe.yaml, which has the batch size "
+                "that was found: give that as batch_size and accumulation_steps, without find_batch_size"
+            )
         stored = load_recipe(output_dir / "recipe.yaml").training
         training.batch_size, training.accumulation_steps = stored.batch_size, stored.accumulation_steps
         training.find_batch_size = False
@@ -128,12 +133,13 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     loader = accelerator.prepare(training_loader(train_set, label_map, processor, recipe, problems))
     kept_model = whole_model if average is None else average.module  # what is evaluated and saved
 
-    progress = Progress()
+    progress, lost = Progress(), []
     accelerator.register_for_checkpointing(progress, *([] if average is None else [average]))
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
         gather_weights(bare_model, whole_model)
         accelerator.print(f"resuming {checkpoint} at step {progress.step}", *changes, sep="\n")
+        lost = forget_lost_best(accelerator, output_dir, progress)
     elif training.resume:
         accelerator.print(f"nothing to resume in {output_dir}: starting")
     clock = Clock(accelerator, progress, training)
@@ -142,6 +148,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     if progress.step_in_epoch >= epochs.steps:  # resumed with larger batches
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
     accelerator.print(describe_batch(training, accelerator.num_processes))
+    accelerator.print(describe_length(training, epochs.steps, total_steps))
     if accelerator.is_main_process:
         recipe.save(output_dir / "recipe.yaml")
         data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
@@ -150,7 +157,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         )
     # DeepSpeed has stepped before we see the gradient: the first one that is not finite ends the run.
     max_skipped = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else training.max_skipped_steps
-    log = Log(accelerator, output_dir, progress, total_steps, max_skipped)
+    log = Log(accelerator, output_dir, progress, total_steps, max_skipped, training.max_minutes)
     raw_model = None if average is None else whole_model
     save = partial(
         save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
@@ -158,8 +165,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
 
     def evaluate() -> None:
         """Measure the weights that were just saved, unless an earlier part of the run did; keep the best."""
-        metrics = log.evaluation_at(progress.step)
-        is_new = metrics is None
+        metrics = logged = log.evaluation_at(progress.step)
+        is_new = logged is None or bool(lost)
         if is_new:
             metrics, detections = evaluate_model(accelerator, kept_model, processor, val_set, annotations, training)
         value = metrics.get(training.best_metric) or 0.0
@@ -171,8 +178,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 mapping = category_of_label(kept_model.config, annotations["categories"])
                 measure(detections, annotations, mapping, output_dir)
         progress.evaluation_due = False
+        lost.clear()
         clock.read()
-        if is_new:
+        if logged is None:
             log.write_evaluation(metrics)
         else:
             log.write_table()
@@ -232,6 +240,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         if stop.came():
             accelerator.end_training()
             raise SystemExit(stop.exit_code)
+    if progress.step <= training.warmup_steps < total_steps:
+        accelerator.print(describe_short_run(training, progress.step))
 
     accelerator.wait_for_everyone()
     summary = {
@@ -297,6 +307,28 @@ def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list
     return lines
 
 
+def forget_lost_best(accelerator: Accelerator, output_dir: Path, progress: Progress) -> list[str]:
+    """Let the checkpoint that a run goes on from be evaluated in place of its best one, if that was deleted.
+
+    Args:
+        accelerator (`Accelerator`): With several processes, all call this; the first one looks.
+        output_dir (`Path`): Folder of the run.
+        progress (`Progress`): Where the run stands; changed if anything is missing.
+
+    Returns:
+        `list[str]`: What is missing of the best checkpoint and its figures.
+    """
+    lost = [name for name in ("best", "metrics.json", "detections.json") if not (output_dir / name).exists()]
+    (lost,) = broadcast_object_list([lost if progress.best_step is not None else []])
+    if lost:
+        accelerator.print(
+            f"missing of the best checkpoint (step {progress.best_step}): {', '.join(lost)}; that of step "
+            f"{progress.step} is evaluated in its place"
+        )
+        progress.best_value, progress.best_step, progress.evaluation_due = None, None, True
+    return lost
+
+
 def synchronize_batch_norms(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Let batch norms in training mode use the statistics of all processes.
 
@@ -339,6 +371,47 @@ def describe_batch(training: TrainingArguments, num_processes: int) -> str:
     ratio = size / chosen_for
     rates = sorted((training.learning_rate * ratio**0.5, training.learning_rate * ratio))
     return f"{line}\nit was chosen for an effective batch of {chosen_for}; try {rates[0]:.2g} to {rates[1]:.2g}"
+
+
+def describe_length(training: TrainingArguments, epoch_steps: float, total_steps: float) -> str:
+    """Say how long a run will be, before its first step.
+
+    Args:
+        training (`TrainingArguments`): Bounds, warm-up and how often a line is written.
+        epoch_steps (`float`): Optimiser steps in an epoch, infinite if that is not known.
+        total_steps (`float`): Optimiser steps of the run, infinite if that is not known.
+
+    Returns:
+        `str`: A line, and a second one if the run is no longer than its warm-up.
+    """
+    bounds = [] if math.isinf(total_steps) else [f"{total_steps} steps"]
+    if math.isinf(total_steps) and training.epochs is not None:
+        bounds.append(f"{training.epochs} epochs")
+    if training.max_minutes is not None:
+        bounds.append(f"{training.max_minutes:g} minutes")
+    line = f"at most {' or '.join(bounds)}"
+    if math.isfinite(epoch_steps):
+        line += f", {epoch_steps} steps an epoch"
+    line += f"; a line every {training.log_every} steps"
+    return f"{line}\n{describe_short_run(training, total_steps)}" if total_steps <= training.warmup_steps else line
+
+
+def describe_short_run(training: TrainingArguments, steps: int) -> str:
+    """Say what it means that a run ends before its warm-up does.
+
+    Args:
+        training (`TrainingArguments`): Warm-up and learning rate.
+        steps (`int`): Optimiser steps of the run, at least 1 and at most those of the warm-up.
+
+    Returns:
+        `str`: A warning.
+    """
+    start = training.warmup_start_factor
+    rate = training.learning_rate * (start + (1 - start) * (steps - 1) / training.warmup_steps)
+    return (
+        f"warning: the run's {steps} steps end within the warm-up, warmup_steps {training.warmup_steps}: the learning "
+        f"rate reaches at most {rate:.2g} of {training.learning_rate:g}; lower warmup_steps"
+    )
 
 
 def loss_shares(

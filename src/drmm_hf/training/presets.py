@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,19 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         )
     data, notes = choose_splits(source, overrides)
     own = {name: value for name, value in overrides.items() if name in vars(DataArguments()) and name != "streaming"}
+    own["longest_edge"] = sys.maxsize  # until it follows the shorter one
     loaded = make_recipe({"data": {**data, **own}, "training": {"epochs": 1}}, {}).data
     facts = describe(load_split(loaded, "train")[0])
-    facts["shortest_edge"] = overrides.get("shortest_edge", facts["shortest_edge"])
+    edge = loaded.shortest_edge if "shortest_edge" in overrides else None
     notes.insert(0, "no recipe is given; chosen from the data ({num_images} training pictures, {width} x {height} "
                  "pixels in the middle, {most} objects in the fullest):".format(**facts))  # fmt: skip
-    sections = few(facts) if facts["num_images"] <= FEW else many(facts)
+    sections = few(facts, edge) if facts["num_images"] <= FEW else many(facts, edge)
     notes += sections.pop("notes")
     sections["data"] |= data
+    if loaded.overfit is not None:
+        sections["data"] |= {"augmentation": "none", "colour_distortion": 0.0}
+        notes = [note for note in notes if not note.startswith("augmentation")]
+        notes.append(f"augmentation: none, so that {loaded.overfit} pictures can be learnt by heart (overfit)")
     if "num_queries" in overrides:
         sections["model"]["proposal_grid"] = GRIDS.get(overrides["num_queries"])
     if "init_from" in overrides:
@@ -67,7 +73,9 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         if "max_steps" not in overrides:
             sections["training"]["schedule_by"] = "time"
         notes = [note for note in notes if not note.startswith("epochs")]
-    return make_recipe(sections, overrides), notes
+    names = [note.partition(":")[0] for note in notes]
+    given = {name: f"{name}: {overrides[name]}, as given" for name in names if name in overrides}
+    return make_recipe(sections, overrides), [given.get(*pair) for pair in zip(names, notes, strict=True)]
 
 
 def choose_splits(source: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -75,7 +83,7 @@ def choose_splits(source: str, overrides: Mapping[str, Any]) -> tuple[dict[str, 
 
     Args:
         source (`str`): Folder or Hub id of the data.
-        overrides (`Mapping`): `train_split`, `val_split` and `holdout` are the user's if given.
+        overrides (`Mapping`): `train_split`, `val_split`, `holdout` and `overfit` are the user's if given.
 
     Returns:
         `tuple[dict, list[str]]`: Fields of the data section, and a line if pictures are held out.
@@ -93,7 +101,7 @@ def choose_splits(source: str, overrides: Mapping[str, Any]) -> tuple[dict[str, 
             data[field] = found[0]
         elif field not in overrides and start == "train":
             raise ValueError(f"data {source!r} has no split called train, but {sorted(splits)}: name one, train_split")
-        elif field not in overrides:
+        elif field not in overrides and "overfit" not in overrides:  # which evaluates what it learns
             data["holdout"] = HOLDOUT
             notes.append(f"holdout: {HOLDOUT:g} of the training pictures choose the best checkpoint: no split val")
     return data, notes
@@ -120,24 +128,25 @@ def describe(dataset: datasets.Dataset) -> dict[str, int]:
     }
 
 
-def few(facts: Mapping[str, int]) -> dict[str, Any]:
+def few(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
     """Choose for up to 2000 pictures: a compact detector, strong augmentation, many epochs.
 
     Args:
         facts (`Mapping`): From `describe`.
+        edge (`int`, *optional*): Shorter side of the model input, pixels; by default near the pictures' own.
 
     Returns:
         `dict`: The three sections of a recipe, and `notes`.
     """
     queries = enough_queries(facts["most"], least=100)
-    edge = _round(min(max(facts["shortest_edge"], 192), 480), 32)
+    edge = edge or _round(min(max(facts["shortest_edge"], 192), 480), 32)
     num_images = facts["num_images"]
     epochs = 300 if num_images <= 100 else 100 if num_images <= 500 else 60
     small = {
         "shortest_edge": edge,
         "longest_edge": _round(1.6 * edge, 32),
         "augmentation": "paper",
-        "short_edges": [_round(edge * factor, 16) for factor in (0.8, 0.87, 0.93, 1, 1.07, 1.13)],
+        "short_edges": sorted({edge, *(_round(edge * factor, 16) for factor in (0.8, 0.87, 0.93, 1.07, 1.13))}),
         "crop_short_edges": [_round(edge * factor, 8) for factor in (1, 1.17, 1.33)],
         "crop_sizes": [_round(edge * factor, 8) for factor in (0.73, 1.27)],
         "colour_distortion": 0.5,
@@ -191,23 +200,24 @@ def few(facts: Mapping[str, int]) -> dict[str, Any]:
     return {"model": model, "data": small, "training": training, "notes": notes}
 
 
-def many(facts: Mapping[str, int]) -> dict[str, Any]:
+def many(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
     """Choose for more than 2000 pictures: the paper's detector and schedule.
 
     Args:
         facts (`Mapping`): From `describe`.
+        edge (`int`, *optional*): Shorter side of the model input, pixels; by default near the pictures' own.
 
     Returns:
         `dict`: The three sections of a recipe, and `notes`.
     """
     queries = enough_queries(facts["most"], least=300)
-    edge = _round(min(max(facts["shortest_edge"], 320), 800), 32)
+    edge = edge or _round(min(max(facts["shortest_edge"], 320), 800), 32)
     scale = edge / 800
     large = {
         "shortest_edge": edge,
         "longest_edge": round(1333 * scale),
         "augmentation": "paper",
-        "short_edges": [_round(size * scale, 16) for size in range(480, 801, 32)],
+        "short_edges": sorted({edge, *(_round(size * scale, 16) for size in range(480, 800, 32))}),
         "crop_short_edges": [round(size * scale) for size in (400, 500, 600)],
         "crop_sizes": [round(size * scale) for size in (384, 600)],
     }
@@ -257,4 +267,4 @@ def enough_queries(most: int, least: int) -> int:
 
 
 def _round(value: float, multiple: int) -> int:
-    return multiple * round(value / multiple)
+    return multiple * max(1, round(value / multiple))

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,20 @@ class Clock:
         return self.limit is not None and self.progress.seconds >= self.limit
 
 
+def per_cent(metrics: Mapping[str, Any]) -> str:
+    """Return the main figures of an evaluation for a printed line.
+
+    Args:
+        metrics (`Mapping`): Fractions by name; those that are not defined are left out.
+
+    Returns:
+        `str`: AP and ECE in per cent, in the form of `drmm evaluate`.
+    """
+    figures = {name: metrics.get(name) for name in ("AP", "AP50", "AP75", "ECE")}
+    words = [f"{name} {100 * value:.2f}" for name, value in figures.items() if value is not None]
+    return f"in per cent: {'  '.join(words)}"
+
+
 class Log:
     """Write a run's figures to stdout, `log.jsonl`, `results.csv` and the trackers, without waiting at each step.
 
@@ -63,7 +77,9 @@ class Log:
     criterion's terms (`nll.stage0`, `mcm.stage0`, ...: mean over ground truths), `leading_share.stage0`, ...
     (exp(-L_MCM): the share of a ground truth's likelihood that its best component takes), `grad_norm` before clipping,
     learning rates and pictures per second. An evaluation line holds the figures of `measure`. `results.csv` has a line
-    an evaluation, with the training line before it.
+    an evaluation, with the training line before it. Files have fractions and count stages from 0; what is printed has
+    per cent, the last stage, and the minutes left at the pace so far: in each line, and once after 10 seconds if there
+    was none and no bar.
 
     A step whose loss or gradient is not finite is left out of the figures; the loop has left the weights as they were.
     What it was made of is written to `skipped_steps/`.
@@ -72,8 +88,9 @@ class Log:
         accelerator (`Accelerator`): Its trackers are started here.
         output_dir (`Path`): Folder of the run. Lines of later steps, from a run that was killed, are removed.
         progress (`Progress`): Where the run stands.
-        total_steps (`float`): Steps of the whole run, for the bar; infinite if time ends it.
+        total_steps (`float`): Steps of the whole run; infinite if time ends it.
         max_skipped_steps (`int`): Skipped steps in a row at which the run is stopped.
+        max_minutes (`float`, *optional*): Bound of the run by the clock.
     """
 
     def __init__(
@@ -83,10 +100,13 @@ class Log:
         progress: Progress,
         total_steps: float,
         max_skipped_steps: int = 3,
+        max_minutes: float | None = None,
     ):
         self.accelerator = accelerator
         self.progress = progress
         self.max_skipped_steps = max_skipped_steps
+        self.total_steps, self.max_seconds = total_steps, 60 * (max_minutes or math.inf)
+        self.began_at, self.has_said = (progress.step, progress.seconds), False
         self.path = output_dir / "log.jsonl"
         if accelerator.is_main_process:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -118,6 +138,8 @@ class Log:
         labels = [batch["labels"] for batch in batches]
         self.steps.append(LoggedStep(self.progress.step, labels, values, norm.detach()))
         self.bar.update()
+        if self.bar.disable and not self.has_said and self.progress.seconds - self.began_at[1] > 10:
+            self._say(())
 
     def write_training(self, optimizer: torch.optim.Optimizer) -> None:
         """Write the figures of the steps since the last training line.
@@ -159,10 +181,13 @@ class Log:
                 values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if self.progress.skipped_steps:
                 values["skipped_steps"] = float(self.progress.skipped_steps)
-            shown = {name: value for name, value in values.items() if ".stage" not in name}
-            last = max((int(name.rpartition(".stage")[2]) for name in values if ".stage" in name), default=0)
-            last_stage = [name for name in values if name.endswith(f".stage{last}")]
-            self._write(values, {**shown, **{name: values[name] for name in last_stage}})
+            words = [f"{name} {value:.4g}" for name, value in values.items() if ".stage" not in name]
+            last = max((int(name.rpartition(".stage")[2]) for name in values if ".stage" in name), default=None)
+            of_last = [name.partition(".stage") for name in values if name.endswith(f".stage{last}")]
+            if of_last:
+                terms = "  ".join(f"{name[0]} {values[''.join(name)]:.4g}" for name in of_last)
+                words.append(f"last stage: {terms}")
+            self._write(values, words)
         self._start_window()
 
     def write_evaluation(self, metrics: Mapping[str, Any]) -> None:
@@ -172,8 +197,7 @@ class Log:
             metrics (`Mapping`): From `evaluate_model`.
         """
         values = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        shown = {name: values[name] for name in ("AP", "AP50", "AP75", "ECE") if name in values}
-        self._write(values, {"validation": "", **shown})
+        self._write(values, [f"validation {per_cent(values)}"])
         self.write_table()
         self.window_started = time.perf_counter()
 
@@ -196,7 +220,7 @@ class Log:
         """Take the bar away."""
         self.bar.close()
 
-    def _write(self, values: Mapping[str, float], shown: Mapping[str, Any]) -> None:
+    def _write(self, values: Mapping[str, float], words: Sequence[str]) -> None:
         progress = self.progress
         head = {"step": progress.step, "epoch": progress.epoch, "images": progress.images, "seconds": progress.seconds}
         self.accelerator.log(dict(values), step=progress.step)
@@ -204,8 +228,18 @@ class Log:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({**head, **values}) + "\n")
-        words = [f"{name} {value:.4g}" if isinstance(value, float) else name for name, value in shown.items()]
-        where = f"[{progress.seconds / 60:.1f} min] epoch {progress.epoch} step {progress.step}"
+        self._say(words)
+
+    def _say(self, words: Sequence[str]) -> None:
+        """Print a line with where the run stands, if this is the main process."""
+        progress, self.has_said = self.progress, True
+        if not self.accelerator.is_main_process:
+            return
+        steps, seconds = progress.step - self.began_at[0], progress.seconds - self.began_at[1]
+        left = seconds / steps * (self.total_steps - progress.step) if steps else math.inf
+        left = min(left, self.max_seconds - progress.seconds)
+        time_left = f", about {max(left, 0) / 60:.1f} left" if math.isfinite(left) else ""
+        where = f"[{progress.seconds / 60:.1f} min{time_left}] epoch {progress.epoch} step {progress.step}"
         tqdm.write("  ".join((where, *words)))
 
     def write_table(self) -> None:

@@ -57,7 +57,8 @@ def check_sharding(accelerator: Accelerator, training: TrainingArguments) -> Non
         }
     else:
         return
-    for name in ("compile", "channels_last", "find_batch_size"):
+    # torch's FSDP refuses weights in channels-last order, deep in `prepare`.
+    for name in ("channels_last", "find_batch_size", *["compile"] * (kind == DistributedType.DEEPSPEED)):
         if getattr(training, name):
             raise ValueError(f"training.{name} is true: it must be false with {kind.value}")
 

@@ -302,7 +302,8 @@ def training_curves(log: str | Path, path: str | Path, title: str = "Training") 
 
     Args:
         log (`str` or `Path`): Json lines. Those with `step` and `loss` are drawn; `mcm.stage0`, `mcm.stage1`, ... are
-            means over ground truths. Other lines and keys are left out.
+            means over ground truths, and drawn as stages 1, 2, ..., as the paper counts. Other lines and keys are left
+            out.
         path (`str` or `Path`): Picture to write; its folder is made.
         title (`str`): Line above the diagram.
 
@@ -332,7 +333,8 @@ def training_curves(log: str | Path, path: str | Path, title: str = "Training") 
 
         shades = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, len(stages)))
         for shade, key in zip(shades, stages, strict=True):
-            _curve(axes[1], records, key, lambda values: np.exp(-values), shade, key.replace("mcm.stage", "stage "))
+            name = f"stage {int(key.removeprefix('mcm.stage')) + 1}"
+            _curve(axes[1], records, key, lambda values: np.exp(-values), shade, name)
         axes[1].set(xlabel="step", ylabel=r"$\exp(-L_{MCM})$", ylim=(0, 1.02))
         axes[1].set_title("Share of the leading component", loc="left", fontweight="bold", color=_INK)
         axes[1].legend(frameon=False, loc="lower right", ncols=2)
