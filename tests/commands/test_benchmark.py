@@ -25,8 +25,11 @@ def test_loader_prints_a_table_and_writes_json(coco_folder, tmp_path, capsys):
 
 
 def test_a_wrong_number_is_said_in_one_line(coco_folder, capsys):
-    assert main(["benchmark", "loader", str(coco_folder), "--repetitions", "0"]) == 2
-    assert capsys.readouterr().err == "drmm benchmark: repetitions is 0, must be at least 1\n"
+    assert main(["benchmark", "infer", "--peers", "yolo"]) == 2
+    assert capsys.readouterr().err.startswith("drmm benchmark: peer is 'yolo', must be one of deformable_detr")
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "loader", str(coco_folder), "--repetitions", "0"])
+    assert "--repetitions: '0' is given; the rule is a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["speed"], ["loader"]])

@@ -32,7 +32,7 @@ def cost_diagram(figures: Mapping[str, Any], path: str | Path) -> Path:
     """
     clock = "processor_seconds" if figures["device"] == "cpu" else "seconds"
     contestants, curves = figures["contestants"], figures["curves"]
-    figure = _figure(8.4, 0.9 + 0.34 * len(contestants) + (2.7 if curves else 0))
+    figure = _figure(9.6, 0.9 + 0.34 * len(contestants) + (2.7 if curves else 0))
     rows = figure.add_gridspec(
         2 if curves else 1, 1, height_ratios=[1 + 0.34 * len(contestants), 2.7][: 1 + bool(curves)]
     )
@@ -60,12 +60,14 @@ def cost_diagram(figures: Mapping[str, Any], path: str | Path) -> Path:
     axes.set_xlabel(f"{seconds} a pass; dark: what its matrix products take at the machine's rate", fontsize=8.5)
     _plain(axes)
     if curves:
-        below = rows[1].subgridspec(1, len(curves), wspace=0.45)
+        below = rows[1].subgridspec(1, len(curves), wspace=0.6)
         for column, (axis, points) in enumerate(curves.items()):
             panel = figure.add_subplot(below[column])
             values = [point["value"] for point in points]
             panel.plot(values, [point[clock]["median"] for point in points], "o-", color=_BLUE, markersize=4)
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * max(point[clock]["median"] for point in points))
+            panel.set_xticks(values)
+            panel.tick_params(labelsize=8)
             panel.set_xlabel(TITLES[axis], fontsize=8.5)
             if column == 0:
                 panel.set_ylabel(seconds, color=_BLUE, fontsize=8.5)
@@ -73,7 +75,7 @@ def cost_diagram(figures: Mapping[str, Any], path: str | Path) -> Path:
             if all(point["bytes"] is not None for point in points):
                 other = panel.twinx()
                 other.plot(values, [point["bytes"] / 2**20 for point in points], "s--", color=_RED, markersize=3.5)
-                other.set_ylim(bottom=0)
+                other.set_ylim(0, 1.1 * max(point["bytes"] for point in points) / 2**20)
                 other.tick_params(labelsize=8, colors=_RED)
                 other.spines[["top", "left"]].set_visible(False)
                 other.spines[["right", "bottom"]].set_color(_PALE)
