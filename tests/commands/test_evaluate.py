@@ -44,6 +44,18 @@ def test_batch_size_changes_no_figure(model_folder, coco_folder, tmp_path):
     assert written[0]["AP"] == pytest.approx(written[1]["AP"], abs=1e-5)
 
 
+def test_weights_may_be_of_another_type(drmm_folder, coco_folder, tmp_path):
+    figures = {}
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        assert main(["evaluate", str(drmm_folder), str(coco_folder), "--dtype", dtype, "--output", str(output)]) == 0
+        assert json.loads((output / "evaluation.json").read_text())["dtype"] == dtype
+        figures[dtype] = json.loads((output / "detections.json").read_text())
+    scores = {dtype: np.array([entry["score"] for entry in entries]) for dtype, entries in figures.items()}
+    assert 0 < np.abs(scores["float32"] - scores["bfloat16"]).max() < 0.05
+
+
+
 @pytest.mark.parametrize("form", ["json as data", "options"])
 def test_a_json_and_an_image_folder_from_two_places(form, model_folder, coco_folder, tmp_path):
     annotations, images = tmp_path / "a" / "truth.json", tmp_path / "b"

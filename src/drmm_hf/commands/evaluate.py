@@ -109,6 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="DATA is an image_info json without annotations (with --images): write the zip for COCO's server instead",
     )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they were saved)"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -152,8 +155,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"both the model {args.model!r} and --detections are given; the rule is one of them.")
         if args.losses or args.against:
             raise ValueError("--losses needs a model: boxes and scores alone have no density.")
-        if args.assignments or args.top_k_ratio is not None:
-            raise ValueError("--assignments and --top-k-ratio need a model.")
+        if args.assignments or args.top_k_ratio is not None or args.dtype is not None:
+            raise ValueError("--assignments, --top-k-ratio and --dtype need a model.")
         if args.freedom is not None and not args.freedom > 0:
             raise ValueError(f"freedom is {args.freedom}; the rule is above 0.")
     elif args.data is None:
@@ -181,7 +184,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 # Arguments that a submission heeds, and those of every command.
-_OF_SUBMISSIONS = {"model", "data", "images", "output", "batch_size", "top_k", "submission", "device"}
+_OF_SUBMISSIONS = {"model", "data", "images", "output", "batch_size", "top_k", "submission", "dtype", "device"}
 _OF_SUBMISSIONS |= {"command", "debug"}
 
 
@@ -199,7 +202,7 @@ def submit(args: argparse.Namespace, source: str, processes: PartialState | None
     from ..evaluation.predict import load_detector
     from ..evaluation.submission import write_submission
 
-    model, processor = load_detector(source, args.device if processes is None else processes.device)
+    model, processor = load_detector(source, args.device if processes is None else processes.device, args.dtype)
     options = {"batch_size": args.batch_size, "top_k": args.top_k, "processes": processes}
     path = write_submission(model, processor, args.data, args.images, args.output, args.submission, **options)
     print(*([] if path is None else [f"written to {path}"]))
@@ -236,6 +239,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
     about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
+    about |= {} if args.dtype is None else {"dtype": args.dtype}
 
     calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:
@@ -252,7 +256,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         if not (output / "evaluation.json").is_file():
             write_json(about, output / "evaluation.json")
     else:
-        model, processor = load_detector(source, args.device if processes is None else processes.device)
+        model, processor = load_detector(source, args.device if processes is None else processes.device, args.dtype)
         if args.losses or other or args.coverage:
             check_density(model.config)
         calibration = getattr(processor, "calibration", None)

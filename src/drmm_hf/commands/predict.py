@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--density", action="store_true", help="also draw the density over box centres and sides (D-RMM's mixtures)"
     )
     parser.add_argument("--json", action="store_true", help="print the boxes as json, and nothing else")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they were saved)"
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     files = [str(path) for path in paths]
     dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": files, "image": files})
     dataset = dataset.cast_column("image", datasets.Image())
-    model, processor = load_detector(name, args.device)
+    model, processor = load_detector(name, args.device, args.dtype)
     config, top_k, freedom = model.config, 100, 1.0
     limits = thresholds(args.threshold, getattr(processor, "score_threshold", None), config.num_labels)
     if args.interval is not None or args.density:

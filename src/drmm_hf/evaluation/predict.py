@@ -22,12 +22,15 @@ from .detections import Detections
 _WAITING_BATCHES = 4
 
 
-def load_detector(name: str, device: str | torch.device | None = None) -> tuple[torch.nn.Module, Any]:
+def load_detector(
+    name: str, device: str | torch.device | None = None, dtype: str | None = None
+) -> tuple[torch.nn.Module, Any]:
     """Load a detector and its image processor.
 
     Args:
         name (`str`): Folder or Hub id of any transformers object detector.
         device (`str` or `torch.device`, *optional*): Where to put it. By default a GPU if there is one.
+        dtype (`str`, *optional*): Type of its weights, as "bfloat16". By default the one it was saved in.
 
     Returns:
         `tuple[torch.nn.Module, Any]`: The model in evaluation mode and its processor.
@@ -41,7 +44,7 @@ def load_detector(name: str, device: str | torch.device | None = None) -> tuple[
 
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
-            name, ignore_mismatched_sizes=True, output_loading_info=True
+            name, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
         )
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, SafetensorError) as error:
