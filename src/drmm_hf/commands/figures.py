@@ -161,8 +161,8 @@ def _without_selection(results: Sequence[Result]) -> Sequence[Result]:
     return _same_data([result for result in results if result.recipe["top_k_ratio"] is None])
 
 
-def _per_cent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _per_cent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def figure_2(results: Sequence[Result], strangers: Sequence[Path], args: argparse.Namespace) -> Drawn:
@@ -195,7 +195,7 @@ def figure_2(results: Sequence[Result], strangers: Sequence[Path], args: argpars
         for index, (name, _, metrics) in enumerate(shown)
     }
     diagrams = {name: CalibrationResult.from_dict(one) for name, one in diagrams.items()}
-    notes = [f"above 0.1: {_per_cent(metrics['ECE_0.1'])} %" for _, _, metrics in shown]
+    notes = [f"above 0.1: {_per_cent(metrics['ECE_0.1'], 2)} %" for _, _, metrics in shown]
     return reliability_diagrams(diagrams, args.output, notes=notes), [source for _, source, _ in shown]
 
 
