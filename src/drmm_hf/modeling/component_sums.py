@@ -17,6 +17,8 @@ from .mixture import SMALLEST_SCALE
 
 # Entries of the largest matrix held at once: what a processor's cache holds; on a GPU, enough to keep it busy.
 BLOCK_ENTRIES = {"cpu": 2**18, "cuda": 2**26}
+# Ground truths in a block at least: what is done once a block and component is spread over them.
+BLOCK_OBJECTS = 16
 
 
 class ComponentSums(NamedTuple):
@@ -150,9 +152,9 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(log_mixing: Tensor, num_objects: int) -> list[slice]:
-    """Cut the ground truths so that the matrix of a block holds about `BLOCK_ENTRIES`."""
+    """Cut the ground truths so that the matrix of a block holds `BLOCK_ENTRIES`, if those are `BLOCK_OBJECTS` of them."""
     budget = BLOCK_ENTRIES.get(log_mixing.device.type, BLOCK_ENTRIES["cuda"])
-    step = max(1, budget // max(1, log_mixing.numel()))
+    step = max(BLOCK_OBJECTS, budget // max(1, log_mixing.numel()))
     return [slice(start, start + step) for start in range(0, num_objects, step)]
 
 
