@@ -1,4 +1,4 @@
-"""Inference and the whole training step are one graph each, which sizes and numbers of ground truths do not multiply."""
+"""Inference and the training step are one graph each, which sizes and numbers of ground truths do not multiply."""
 
 import pytest
 import torch

@@ -152,7 +152,7 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(log_mixing: Tensor, num_objects: int) -> list[slice]:
-    """Cut the ground truths so that the matrix of a block holds `BLOCK_ENTRIES`, if those are `BLOCK_OBJECTS` of them."""
+    """Cut the ground truths into blocks of `BLOCK_ENTRIES`, or of `BLOCK_OBJECTS` where those are more."""
     budget = BLOCK_ENTRIES.get(log_mixing.device.type, BLOCK_ENTRIES["cuda"])
     step = max(BLOCK_OBJECTS, budget // max(1, log_mixing.numel()))
     return [slice(start, start + step) for start in range(0, num_objects, step)]
