@@ -240,7 +240,37 @@ def _mebibytes(number: int | None) -> str:
     return "-" if number is None else f"{number / 2**20:.0f}"
 
 
+def pooling_table(figures: Mapping[str, Any]) -> str:
+    """Return the figures of the pooling benchmark as lines of text.
+
+    Args:
+        figures (`Mapping`): From `drmm_hf.benchmarks.pooling.benchmark_pooling`.
+
+    Returns:
+        `str`: A line for each direction and one for the memory.
+    """
+    lines = [f"{'':<12}{'drmm-hf ms':>26}{'torchvision ms':>26}{'ratio':>22}"]
+    for part in ("forward", "backward"):
+        times = [_spread(figures[name][part], 1, 1000) for name in ("drmm", "torchvision")]
+        lines.append(f"{part:<12}{times[0]:>26}{times[1]:>26}{_spread(figures['ratio'][part], 2):>22}")
+    memory = [_mebibytes(figures[name]["bytes"]) for name in ("drmm", "torchvision")]
+    height, width = figures["size"]
+    on_cpu = figures["device"] == "cpu"
+    return "\n".join(
+        [
+            *lines,
+            f"{'MiB':<12}{memory[0]:>26}{memory[1]:>26}",
+            "",
+            f"{figures['num_boxes']} boxes of each of {figures['batch_size']} pictures of {height} x {width}, "
+            f"{figures['channels']} channels, {figures['device']}, {figures['threads']} threads, "
+            f"{figures['repetitions']} turns each{', processor time' if on_cpu else ''}",
+            f"largest difference of the results: {figures['difference']:.1e}",
+        ]
+    )
+
+
 TABLES = {
+    "pooling": pooling_table,
     "infer": inference_table,
     "train": training_table,
     "loss": loss_table,

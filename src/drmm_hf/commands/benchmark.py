@@ -143,6 +143,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--repetitions", type=at_least(1), default=10, metavar="N", help="turns of each loss (default: 10)"
     )
+
+    pooling = kinds.add_parser("pooling", help="regions pooled from a pyramid, beside torchvision's operator")
+    pooling.set_defaults(measure=_pooling)
+    pooling.add_argument(
+        "--size", type=at_least(1), nargs=2, default=[800, 1344], metavar=("H", "W"), help="input (default: 800 1344)"
+    )
+    pooling.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="pictures (default: 1)")
+    pooling.add_argument("--boxes", type=at_least(1), default=300, metavar="K", help="boxes a picture (default: 300)")
+    pooling.add_argument("--repetitions", type=at_least(1), default=5, metavar="N", help="turns (default: 5)")
     for kind in kinds.choices.values():
         kind.add_argument("--output", metavar="FILE", help="where to write the figures as json")
 
@@ -253,6 +262,19 @@ def _training(args: argparse.Namespace) -> dict[str, Any]:
     peers = [name for name in args.peers.split(",") if name]
     figures = benchmark_training(recipe, repetitions=args.repetitions, peers=peers)
     return figures
+
+
+def _pooling(args: argparse.Namespace) -> dict[str, Any]:
+    from ..benchmarks.pooling import benchmark_pooling
+
+    height, width = args.size
+    return benchmark_pooling(
+        height=height,
+        width=width,
+        batch_size=args.batch_size,
+        num_boxes=args.boxes,
+        repetitions=args.repetitions,
+    )
 
 
 def _loss(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Both poolings see the same boxes and give the same regions."""
+
+import pytest
+import torch
+
+from drmm_hf.benchmarks.pooling import benchmark_pooling
+from drmm_hf.benchmarks.tables import pooling_table
+
+
+def test_both_pool_the_same_and_the_table_shows_it():
+    figures = benchmark_pooling(height=96, width=130, batch_size=2, num_boxes=30, channels=5, repetitions=2)
+    assert figures["difference"] < 1e-4
+    assert figures["size"] == [96, 130] and figures["num_boxes"] == 30
+    for part in ("forward", "backward"):
+        assert 0 < figures["drmm"][part]["median"] and 0 < figures["torchvision"][part]["median"]
+        low, high = figures["ratio"][part]["min"], figures["ratio"][part]["max"]
+        assert low <= figures["ratio"][part]["median"] <= high
+    lines = pooling_table(figures).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["forward", "backward", "MiB"]
+
+
+@pytest.mark.parametrize("name", ["num_boxes", "channels", "repetitions"])
+def test_wrong_numbers_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, must be at least 1"):
+        benchmark_pooling(**{name: 0})
+
+
+def test_gradients_reach_the_maps_of_both(monkeypatch):
+    from drmm_hf.benchmarks import pooling
+
+    found = {}
+    for name in ("_ours", "_torchvision"):
+        original = getattr(pooling, name)
+
+        def keep(maps, boxes, name=name, original=original):
+            if torch.is_grad_enabled():
+                found[name] = maps
+            return original(maps, boxes)
+
+        monkeypatch.setattr(pooling, name, keep)
+    benchmark_pooling(height=64, width=64, num_boxes=8, channels=3, repetitions=1)
+    assert set(found) == {"_ours", "_torchvision"}
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in found["_torchvision"][:1])
