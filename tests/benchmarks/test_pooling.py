@@ -11,7 +11,7 @@ def test_both_pool_the_same_and_the_table_shows_it():
     assert figures["difference"] < 1e-4
     assert figures["size"] == [96, 130] and figures["num_boxes"] == 30
     for part in ("forward", "backward"):
-        assert 0 < figures["drmm"][part]["median"] and 0 < figures["torchvision"][part]["median"]
+        assert min(figures[name][part]["min"] for name in ("drmm", "torchvision")) > 0
         low, high = figures["ratio"][part]["min"], figures["ratio"][part]["max"]
         assert low <= figures["ratio"][part]["median"] <= high
     lines = pooling_table(figures).splitlines()
