@@ -227,7 +227,9 @@ class DrmmModel(DrmmPreTrainedModel):
         boxes, features = self.queries(image_sizes)
         features, stages = self.decoder(maps, boxes, features)
         return DrmmModelOutput(
-            last_hidden_state=features[:: boxes.shape[0] // image_sizes.shape[0]], stages=stages, image_sizes=image_sizes
+            last_hidden_state=features[:: boxes.shape[0] // image_sizes.shape[0]],
+            stages=stages,
+            image_sizes=image_sizes,
         )
 
 
