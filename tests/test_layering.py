@@ -29,7 +29,7 @@ ALLOWED = {
     "training": {"modeling", "data", "evaluation", "conversion", "visualization"},
     "evaluation": {"data"},
     "conversion": {"modeling"},
-    "export": {"modeling"},
+    "export": {"modeling", "data", "evaluation", "conversion"},
     "hub": {"modeling"},
     "data": set(),
     "visualization": set(),

@@ -1,11 +1,8 @@
 """Turn a public checkpoint into a model folder, and account for every tensor."""
 
-import errno
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +19,7 @@ from ..modeling.modeling_drmm import DrmmForObjectDetection
 from .architecture import infer_fields
 from .class_names import class_fields
 from .model_card import model_card, title
+from .new_folder import check_new, new_folder
 from .public_checkpoint import read_checkpoint
 from .public_names import DETECTRON2_NAMES, convert_state_dict, detector_names, list_some, our_names
 
@@ -110,9 +108,7 @@ def convert_checkpoint(
         ValueError: if the checkpoint cannot be read or holds another network, or a tensor of either side is left
             without a counterpart or a reason.
     """
-    output = Path(os.path.realpath(output))  # a link is followed and stays
-    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"output {str(output)!r} exists; give a new folder.")
+    output = check_new(output)
     for name in fields or {}:
         if name in ("num_labels", "id2label", "label2id"):
             raise ValueError(f"field {name!r} is the checkpoint's: name its classes with --labels (labels=...).")
@@ -149,25 +145,13 @@ def convert_checkpoint(
         dropped=dropped,
         added=added,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as aside:
-        folder = Path(aside) / output.name
+    with new_folder(output) as folder:
         model.save_pretrained(folder)
         _processor(public.settings).save_pretrained(folder)
         text = json.dumps(asdict(report), indent=1)
         (folder / "conversion.json").write_text(text + "\n", encoding="utf-8")
         card = model_card(config, report.source, family, report.sha256)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        try:
-            if output.exists():
-                output.rmdir()
-            folder.rename(output)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise FileExistsError(
-                f"output {str(output)!r} was filled by another process; give a new folder."
-            ) from error
     return report
 
 

@@ -21,7 +21,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .mixture import central_quantile
+from .mixture import central_quantile, take_components
 
 
 class DrmmImageProcessorKwargs(ImagesKwargs, total=False):
@@ -294,33 +294,13 @@ class DrmmImageProcessor(TorchvisionBackend):
 
         Source: the public code scores every (query, class) pair by p * o and keeps the top 100 without NMS.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k}: must be at least 1")
-        logits = outputs.logits.float()
-        batch_size, _, num_classes = logits.shape
-        # Every map of scores is monotone: choosing by logits keeps the order of those that float32 rounds to 1.
-        top_logits, pairs = logits.flatten(1).topk(min(top_k, logits[0].numel()))
-        scores, labels = self._scores(top_logits), pairs % num_classes
-        limits = self._thresholds(threshold, num_classes, scores.device)[labels]
-        kept = scores > limits
+        fields = self.top_detections(outputs, target_sizes, top_k)
+        limits = self._thresholds(threshold, outputs.logits.shape[-1], fields["scores"].device)[fields["labels"]]
+        kept = fields["scores"] > limits
         # Those above their thresholds become the first ones, so that one transfer says how many there are.
         first = (~kept).byte().argsort(dim=1, stable=True)
-        scores, labels, queries = (one.gather(1, first) for one in (scores, labels, pairs // num_classes))
-
-        def take(per_query: torch.Tensor) -> torch.Tensor:
-            return per_query.float().gather(1, queries[..., None].expand(-1, -1, per_query.shape[-1]))
-
-        centre, size = take(outputs.pred_boxes).split(2, dim=-1)
-        boxes = torch.cat((centre - size / 2, centre + size / 2), dim=-1)
-        unit = _box_unit(target_sizes, batch_size, boxes.device)
-        boxes = boxes * unit
-        fields = {"scores": scores, "labels": labels, "boxes": boxes, "query_indices": queries}
-        if getattr(outputs, "box_scales", None) is not None:
-            fields["box_scales"] = take(outputs.box_scales) * unit * (self.calibration or {}).get("scale_factor", 1.0)
-        if getattr(outputs, "objectness_logits", None) is not None:
-            fields["objectness"] = outputs.objectness_logits.float().sigmoid().gather(1, queries)
-        if getattr(outputs, "class_logits", None) is not None:
-            fields["class_probabilities"] = take(outputs.class_logits).softmax(-1).gather(2, labels[..., None])[..., 0]
+        fields = {name: take_components(values, first) for name, values in fields.items()}
+        boxes, unit = fields["boxes"], _box_unit(target_sizes, len(kept), kept.device)
         if clip:
             inverted = (boxes[..., 2:] < boxes[..., :2]).repeat(1, 1, 2)
             for name in fields.keys() & {"boxes", "box_scales"}:
@@ -334,6 +314,48 @@ class DrmmImageProcessor(TorchvisionBackend):
 
         counts = kept.sum(1).tolist()
         return [{name: field[i, :count] for name, field in fields.items()} for i, count in enumerate(counts)]
+
+    def top_detections(
+        self, outputs, target_sizes: torch.Tensor | list[tuple[float, float]] | None = None, top_k: int = 100
+    ) -> dict[str, torch.Tensor]:
+        """Pick the best (query, class) pairs of each picture as one batch: no threshold, no list, no waiting.
+
+        These are tensor operations alone, so that a model can be exported together with them.
+
+        Args:
+            outputs: As `post_process_object_detection` takes them.
+            target_sizes: Likewise.
+            top_k: Number of detections a picture; as many as there are pairs, if they are fewer.
+
+        Returns:
+            The fields of `post_process_object_detection`, each with the picture as its first dimension and the
+            detections, by falling score, as its second.
+
+        Raises:
+            ValueError: `target_sizes` has another length than the batch, or `top_k` is below 1.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}: must be at least 1")
+        logits = outputs.logits.float()
+        batch_size, num_queries, num_classes = logits.shape
+        # Every map of scores is monotone: choosing by logits keeps the order of those that float32 rounds to 1.
+        top_logits, pairs = logits.flatten(1).topk(min(top_k, num_queries * num_classes))
+        scores, labels, queries = self._scores(top_logits), pairs % num_classes, pairs // num_classes
+
+        def take(per_query: torch.Tensor) -> torch.Tensor:
+            return take_components(per_query.float(), queries)
+
+        centre, size = take(outputs.pred_boxes).split(2, dim=-1)
+        unit = _box_unit(target_sizes, batch_size, logits.device)
+        boxes = torch.cat((centre - size / 2, centre + size / 2), dim=-1) * unit
+        fields = {"scores": scores, "labels": labels, "boxes": boxes, "query_indices": queries}
+        if getattr(outputs, "box_scales", None) is not None:
+            fields["box_scales"] = take(outputs.box_scales) * unit * (self.calibration or {}).get("scale_factor", 1.0)
+        if getattr(outputs, "objectness_logits", None) is not None:
+            fields["objectness"] = take(outputs.objectness_logits).sigmoid()
+        if getattr(outputs, "class_logits", None) is not None:
+            fields["class_probabilities"] = take(outputs.class_logits).softmax(-1).gather(2, labels[..., None])[..., 0]
+        return fields
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Return confidences of log-odds, calibrated where there is a calibration."""

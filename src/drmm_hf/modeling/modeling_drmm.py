@@ -211,12 +211,12 @@ class DrmmModel(DrmmPreTrainedModel):
         Returns:
             `DrmmModelOutput`: features, the predictions of every stage and the sizes of the unpadded pictures.
         """
-        if not len(pixel_values):
+        if not pixel_values.shape[0]:
             raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; it must hold a picture.")
         maps = self.neck(self.backbone(pixel_values))
         if pixel_mask is None:
             image_sizes = torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device)
-            image_sizes = image_sizes.expand(len(pixel_values), -1)
+            image_sizes = image_sizes.expand(pixel_values.shape[0], -1)
         elif pixel_mask.shape != pixel_values[:, 0].shape:
             raise ValueError(
                 f"pixel_mask has shape {tuple(pixel_mask.shape)} for pixel_values of shape "
@@ -227,7 +227,9 @@ class DrmmModel(DrmmPreTrainedModel):
         boxes, features = self.queries(image_sizes)
         features, stages = self.decoder(maps, boxes, features)
         return DrmmModelOutput(
-            last_hidden_state=features[:: len(boxes) // len(image_sizes)], stages=stages, image_sizes=image_sizes
+            last_hidden_state=features[:: boxes.shape[0] // image_sizes.shape[0]],
+            stages=stages,
+            image_sizes=image_sizes,
         )
 
 
@@ -299,7 +301,7 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
         scales, freedom = predictions[-1].get("box_scales"), None
         if scales is not None:
             freedom = tail_freedom(self.config.coordinate_distribution, self.config.student_t_freedom)
-            freedom = scales.new_full((len(scales),), freedom)
+            freedom = scales.new_full(scales.shape[:1], freedom)
         return DrmmObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -392,7 +394,7 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
 
     def _predictions(self, stage: MixtureParameters | BoxPredictions, image_sizes: Tensor) -> dict[str, Tensor]:
         """Bring a stage's predictions, of the first group of queries, into the outside frame."""
-        stage = type(stage)(*(values[:: len(stage.boxes) // len(image_sizes)] for values in stage))
+        stage = type(stage)(*(values[:: stage.boxes.shape[0] // image_sizes.shape[0]] for values in stage))
         frame = frame_scale(image_sizes, stage.boxes.dtype)
         pred_boxes = xyxy_to_cxcywh(stage.boxes) / frame
         if isinstance(stage, BoxPredictions):

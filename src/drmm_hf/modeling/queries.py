@@ -65,7 +65,9 @@ class DrmmQueries(nn.Module):
         """
         groups = self.num_groups if self.training else 1
         boxes, features = (
-            values[: groups * self.num_queries].unflatten(0, (groups, self.num_queries)).repeat(len(image_sizes), 1, 1)
+            values[: groups * self.num_queries]
+            .unflatten(0, (groups, self.num_queries))
+            .repeat(image_sizes.shape[0], 1, 1)
             for values in (self.boxes, self.features)
         )
         if self.is_adamixer:

@@ -1,0 +1,1 @@
+"""A detector as one graph that runs without this package: ONNX, torch.export, OpenVINO."""

@@ -1,0 +1,85 @@
+"""A detector as one traced graph with dynamic batch, height and width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..modeling.image_processing_drmm import DrmmImageProcessor
+from ..modeling.modeling_drmm import DrmmForObjectDetection
+
+
+# What the graph returns without post-processing, where the model has it.
+RAW_OUTPUTS = ("logits", "pred_boxes", "box_scales", "objectness_logits", "class_logits")
+TOP_K = 100
+
+
+class DetectionGraph(nn.Module):
+    """What is traced: the model, and on request the processor's choice of the best detections.
+
+    Args:
+        model (`DrmmForObjectDetection`): the detector.
+        processor (`DrmmImageProcessor`, *optional*): with it the graph ends in the 100 best detections, calibrated as
+            the processor is; without it in the model's own predictions.
+    """
+
+    def __init__(self, model: DrmmForObjectDetection, processor: DrmmImageProcessor | None = None):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor, target_sizes: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Detect.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): normalised pictures, float32 whatever the model's
+                type.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`): 1 on the picture, 0 on padding, int64.
+            target_sizes (`torch.Tensor` of shape `(B, 2)`, *optional*): (height, width) of the original pictures,
+                float32; with a processor only.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `RAW_OUTPUTS` as `DrmmObjectDetectionOutput` has them, or the fields of
+            `DrmmImageProcessor.top_detections`.
+        """
+        outputs = self.model(pixel_values.to(self.model.dtype), pixel_mask, return_dict=True)
+        if self.processor is not None:
+            return self.processor.top_detections(outputs, target_sizes, TOP_K)
+        return {name: outputs[name] for name in RAW_OUTPUTS if outputs.get(name) is not None}
+
+
+def trace(graph: DetectionGraph, attention: str = "sdpa") -> ExportedProgram:
+    """Trace a detector for any number of pictures of any size.
+
+    Args:
+        graph (`DetectionGraph`): what to trace; its model is on the CPU.
+        attention (`str`): implementation of attention in the trace; "eager" is made of plain products.
+
+    Returns:
+        `torch.export.ExportedProgram`: of `pixel_values`, `pixel_mask` and, with a processor, `target_sizes`.
+
+    Raises:
+        ValueError: if the backbone cannot be traced with sizes left open.
+    """
+    graph.eval()
+    inputs = {"pixel_values": torch.zeros(2, 3, 96, 128), "pixel_mask": torch.ones(2, 96, 128, dtype=torch.int64)}
+    shapes = {"pixel_values": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+    shapes["pixel_mask"] = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    if graph.processor is not None:
+        inputs["target_sizes"] = torch.tensor([[96.0, 128.0], [90.0, 120.0]])
+        shapes["target_sizes"] = {0: Dim.DYNAMIC}
+    config = graph.model.config  # that of the detector's own layers, not of its backbone
+    before, config._attn_implementation = config._attn_implementation, attention
+    try:
+        with torch.no_grad():
+            return torch.export.export(graph, (), kwargs=inputs, dynamic_shapes=shapes)
+    except torch._dynamo.exc.UserError as error:
+        backbone = config.backbone_config.model_type
+        raise ValueError(
+            f"the detector on the backbone {backbone!r} cannot be traced with open sizes: {error}"
+        ) from error
+    finally:
+        config._attn_implementation = before
