@@ -55,7 +55,6 @@ def test_weights_may_be_of_another_type(drmm_folder, coco_folder, tmp_path):
     assert 0 < np.abs(scores["float32"] - scores["bfloat16"]).max() < 0.05
 
 
-
 @pytest.mark.parametrize("form", ["json as data", "options"])
 def test_a_json_and_an_image_folder_from_two_places(form, model_folder, coco_folder, tmp_path):
     annotations, images = tmp_path / "a" / "truth.json", tmp_path / "b"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 
+from ..modeling.backbone import STRIDES
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
 
@@ -52,7 +54,7 @@ class DetectionGraph(nn.Module):
 
 
 def trace(graph: DetectionGraph, attention: str = "sdpa") -> ExportedProgram:
-    """Trace a detector for any number of pictures of any size.
+    """Trace a detector for any number of pictures of any size, padded to multiples of 32.
 
     Args:
         graph (`DetectionGraph`): what to trace; its model is on the CPU.
@@ -66,11 +68,14 @@ def trace(graph: DetectionGraph, attention: str = "sdpa") -> ExportedProgram:
     """
     graph.eval()
     inputs = {"pixel_values": torch.zeros(2, 3, 96, 128), "pixel_mask": torch.ones(2, 96, 128, dtype=torch.int64)}
-    shapes = {"pixel_values": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
-    shapes["pixel_mask"] = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    # Sizes of which nothing is known make sizes of maps that take minutes to reason about.
+    batch, height, width = Dim("batch"), STRIDES[-1] * Dim("rows"), STRIDES[-1] * Dim("columns")
+    shapes = {"pixel_values": {0: batch, 2: height, 3: width}, "pixel_mask": {0: batch, 1: height, 2: width}}
     if graph.processor is not None:
         inputs["target_sizes"] = torch.tensor([[96.0, 128.0], [90.0, 120.0]])
-        shapes["target_sizes"] = {0: Dim.DYNAMIC}
+        shapes["target_sizes"] = {0: batch}
+    strided = (module for module in graph.model.model.backbone.modules() if _stride(module) > 1)
+    hooks = [module.register_forward_hook(_with_plain_size) for module in strided]
     config = graph.model.config  # that of the detector's own layers, not of its backbone
     before, config._attn_implementation = config._attn_implementation, attention
     try:
@@ -83,3 +88,20 @@ def trace(graph: DetectionGraph, attention: str = "sdpa") -> ExportedProgram:
         ) from error
     finally:
         config._attn_implementation = before
+        for hook in hooks:
+            hook.remove()
+
+
+def _stride(module: nn.Module) -> int:
+    """Return by how much a layer divides height and width."""
+    stride = module.stride if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) else 1
+    return stride if isinstance(stride, int) else stride[0]
+
+
+def _with_plain_size(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Give the output of a strided layer its size as a quotient of the input's: a resize to the size that it has.
+
+    Otherwise sizes grow layer by layer into nested formulas, in which every question about a shape takes seconds.
+    """
+    height, width = (side // _stride(layer) for side in inputs[0].shape[-2:])
+    return F.interpolate(output, size=(height, width), mode="nearest")

@@ -32,10 +32,11 @@ def cost_diagram(figures: Mapping[str, Any], path: str | Path) -> Path:
     """
     clock = "processor_seconds" if figures["device"] == "cpu" else "seconds"
     contestants, curves = figures["contestants"], figures["curves"]
-    figure = _figure(9.6, 0.9 + 0.34 * len(contestants) + (2.7 if curves else 0))
-    rows = figure.add_gridspec(
-        2 if curves else 1, 1, height_ratios=[1 + 0.34 * len(contestants), 2.7][: 1 + bool(curves)]
-    )
+    columns = min(2, len(curves))
+    lines = -(-len(curves) // 2)
+    figure = _figure(8.4, 0.9 + 0.34 * len(contestants) + 2.6 * lines)
+    heights = [1 + 0.34 * len(contestants), 2.6 * lines] if curves else [1]
+    rows = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     axes = figure.add_subplot(rows[0])
     dtypes = list(figures["matmul"])
     for place, one in enumerate(contestants):
@@ -60,16 +61,17 @@ def cost_diagram(figures: Mapping[str, Any], path: str | Path) -> Path:
     axes.set_xlabel(f"{seconds} a pass; dark: what its matrix products take at the machine's rate", fontsize=8.5)
     _plain(axes)
     if curves:
-        below = rows[1].subgridspec(1, len(curves), wspace=0.6)
-        for column, (axis, points) in enumerate(curves.items()):
-            panel = figure.add_subplot(below[column])
+        below = rows[1].subgridspec(lines, columns)
+        for place, (axis, points) in enumerate(curves.items()):
+            panel = figure.add_subplot(below[place // 2, place % 2])
             values = [point["value"] for point in points]
             panel.plot(values, [point[clock]["median"] for point in points], "o-", color=_BLUE, markersize=4)
             panel.set_ylim(0, 1.1 * max(point[clock]["median"] for point in points))
-            panel.set_xticks(values)
+            panel.set_xticks(values if len(values) < 4 else panel.get_xticks())
+            panel.set_xlim(0, 1.05 * max(values))
             panel.tick_params(labelsize=8)
             panel.set_xlabel(TITLES[axis], fontsize=8.5)
-            if column == 0:
+            if place % 2 == 0:
                 panel.set_ylabel(seconds, color=_BLUE, fontsize=8.5)
             _plain(panel)
             if all(point["bytes"] is not None for point in points):
@@ -79,8 +81,8 @@ def cost_diagram(figures: Mapping[str, Any], path: str | Path) -> Path:
                 other.tick_params(labelsize=8, colors=_RED)
                 other.spines[["top", "left"]].set_visible(False)
                 other.spines[["right", "bottom"]].set_color(_PALE)
-                if column == len(curves) - 1:
-                    other.set_ylabel("MiB beyond weights and pictures", color=_RED, fontsize=8.5)
+                if place % 2 == columns - 1 or place == len(curves) - 1:
+                    other.set_ylabel("MiB besides weights", color=_RED, fontsize=8.5)
     return _save(figure, path)
 
 
