@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from unittest.mock import patch
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -79,7 +82,8 @@ def trace(graph: DetectionGraph, attention: str = "sdpa") -> ExportedProgram:
     config = graph.model.config  # that of the detector's own layers, not of its backbone
     before, config._attn_implementation = config._attn_implementation, attention
     try:
-        with torch.no_grad():
+        # timm's layers that pad as TensorFlow does compute the padding from the size, in operations no format keeps.
+        with torch.no_grad(), patch("timm.layers.conv2d_same.pad_same", _pad_divisible):
             return torch.export.export(graph, (), kwargs=inputs, dynamic_shapes=shapes)
     except torch._dynamo.exc.UserError as error:
         backbone = config.backbone_config.model_type
@@ -90,6 +94,15 @@ def trace(graph: DetectionGraph, attention: str = "sdpa") -> ExportedProgram:
         config._attn_implementation = before
         for hook in hooks:
             hook.remove()
+
+
+def _pad_divisible(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1), value: float = 0
+) -> Tensor:
+    """Pad as TensorFlow's "SAME" does where the stride divides the size, as it does in pictures of multiples of 32."""
+    missing = [max((k - 1) * d + 1 - s, 0) for k, s, d in zip(kernel_size, stride, dilation, strict=True)]
+    (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in missing)
+    return F.pad(x, (left, right, top, bottom), value=value)
 
 
 def _stride(module: nn.Module) -> int:
