@@ -1,9 +1,12 @@
 import copy
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from drmm_hf.data.coco import categories, save_coco
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.training.build import build_model, load_split
+from drmm_hf.training.stop_request import _kill_children
 
 
 def test_a_checkpoint_of_another_head_is_checked_as_a_whole(tiny_recipe, tmp_path, capsys):
@@ -79,6 +83,20 @@ def test_overfitting_takes_the_first_rich_pictures_for_both_splits(tiny_recipe, 
     data.overfit = len(rich) + 1
     with pytest.raises(ValueError, match=f"overfit is {len(rich) + 1}, but only {len(rich)} pictures"):
         load_split(data, "val")
+
+
+def test_children_that_are_ended_report_no_error():
+    """torch's loader turns the end of a worker into an error, in the middle of whatever is being said."""
+    reported, before = [], signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, lambda *_: reported.append("ended"))
+    try:
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        child.start()
+        _kill_children()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL and not reported
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_process_that_fails_in_the_middle_of_an_epoch_ends(tmp_path):

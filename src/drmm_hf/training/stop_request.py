@@ -98,5 +98,7 @@ def end_workers_at_exit() -> None:
 
 
 def _kill_children() -> None:
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as an error of its own
     for child in multiprocessing.active_children():
         child.kill()
