@@ -48,6 +48,11 @@ class OnnxDetector:
         if "scores" not in self.names:
             raise ValueError(f"{folder / 'model.onnx'} gives {self.names}; export it with --post-process.")
         resized_size(self.settings, 1, 1)
+        if not self.settings["do_pad"] or self.settings["size_divisor"] % 32:
+            raise ValueError(
+                f"do_pad is {self.settings['do_pad']} and size_divisor {self.settings['size_divisor']}; "
+                "the graph needs pictures padded to multiples of 32."
+            )
 
     def __call__(self, images, threshold: float | None = None) -> dict | list[dict]:
         """Detect objects.

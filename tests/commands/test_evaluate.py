@@ -160,8 +160,9 @@ def test_reliability_is_reported_and_calibrators_go_to_another_split(model_folde
     calibrated = json.loads((second / "calibration.json").read_text())["calibrated"]
     assert calibrated["isotonic"]["ECE"] == pytest.approx(0, abs=1e-6) and calibrated["none"]["ECE"] == metrics["ECE"]
     assert Image.open(second / "calibrated.png").width > 1000 and not (second / "calibrators.json").exists()
-    assert main(["evaluate", str(coco_folder), *options, "--output", str(second)]) == 2
-    assert "fitted on these very pictures" in capsys.readouterr().err
+    before = contents(second)
+    assert main(["evaluate", str(coco_folder), *options, "--top-k", "1", "--output", str(second)]) == 2
+    assert "fitted on these very pictures" in capsys.readouterr().err and contents(second) == before
 
 
 def test_what_is_wrong_is_said_in_words(model_folder, coco_folder, tmp_path, capsys):
@@ -259,6 +260,10 @@ def test_likelihoods_are_written_printed_and_set_beside_another_models(model_fol
     assert ["2", *(f"{value:.3f}" for value in values)] in [
         line.split() for line in capsys.readouterr().out.splitlines()
     ]
+    for content in ({}, []):
+        other.write_text(json.dumps(content))
+        assert main([*arguments, "--against", str(other)]) == 2
+        assert "the file to compare with is no likelihood.json" in capsys.readouterr().err
 
 
 def test_likelihoods_of_other_objects_or_another_input_size_are_not_compared():

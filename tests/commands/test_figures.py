@@ -249,9 +249,12 @@ def test_what_is_shown_and_what_is_not_is_said(tmp_path, capsys):
     make_recipe(recipe, {}).save(tmp_path / "a_overfit" / "recipe.yaml")
     (tmp_path / "a_overfit" / "duplicates.json").unlink()
     (tmp_path / "stranger").mkdir()
-    for place, split in (("again", "val"), ("other", "test")):
-        shutil.copytree(tmp_path / "b", tmp_path / "b" / place, ignore=lambda *_: ["recipe.yaml", "again", "other"])
-        about = {"model": str(tmp_path / "b" / "best"), "data": "generated", "split": split}
+    for place, split, top_k in (("again", "val", 100), ("other", "test", 100), ("many", "val", 300)):
+        copied = {"calibration.json", "metrics.json"}
+        shutil.copytree(
+            tmp_path / "b", tmp_path / "b" / place, ignore=lambda _, names, copied=copied: set(names) - copied
+        )
+        about = {"model": str(tmp_path / "b" / "best"), "data": "generated", "split": split, "top_k": top_k}
         write(tmp_path / "b" / place / "evaluation.json", about)
     shutil.copy(tmp_path / "b" / "metrics.json", tmp_path / "stranger")
     for path in (tmp_path / "b").glob("*.json"):
@@ -261,9 +264,13 @@ def test_what_is_shown_and_what_is_not_is_said(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "overfit 2 pictures" in said_of(tmp_path / "a_overfit", said)[0]
     assert "no recipe.yaml" in said_of(tmp_path / "stranger", said)[0]
-    assert "older than" in said_of(tmp_path / "b", said)[0]
+    assert "older than" in said_of(tmp_path / "b" / "metrics.json", said)[0]
+    assert "evaluated otherwise (top_k 300)" in said_of(tmp_path / "b" / "many", said)[0]
     assert "D-RMM, Sparse R-CNN; generated test" in said_of(tmp_path / "b" / "other", said)[0]
-    assert said_of(tmp_path / "b" / "again", said)[0].startswith("  ")
+    both = f"{tmp_path / 'b' / 'again'}, {tmp_path / 'b'}"  # the sweep is only in the second
+    assert any(
+        f"  {both}: " in line or f"  {', '.join(both.split(', ')[::-1])}: " in line for line in said.splitlines()
+    )
     shutil.rmtree(tmp_path / "b")
     assert main(arguments) == 2
     said = capsys.readouterr().err

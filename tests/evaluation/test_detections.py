@@ -168,8 +168,10 @@ def test_what_is_no_list_of_coco_results_is_refused(tmp_path):
         ("score", 10**400, r"a number in \[0, 1\]"),
         ("score", 1.5, r"a number in \[0, 1\]"),
         ("box_scales", [1, 1, -1, 1], "4 numbers of at least 0"),
-        ("objectness", "none", "a number"),
-        ("query", 0.5, "a whole number"),
+        ("objectness", "none", r"a number in \[0, 1\]"),
+        ("class_probability", 1.5, r"a number in \[0, 1\]"),
+        ("query", 0.5, "a whole number of at least 0"),
+        ("query", -1, "a whole number of at least 0"),
     ],
 )
 def test_a_wrong_field_is_named_with_file_entry_and_rule(key, value, rule, tmp_path):

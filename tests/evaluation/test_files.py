@@ -77,3 +77,13 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="wrong"), run_lock(None, tmp_path / "run"):
         raise ValueError("wrong")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_there_stays_even_if_it_is_a_link(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    for name in (tmp_path / "empty", tmp_path / "link", "."):
+        with pytest.raises(ValueError, match="^wrong$"), run_lock(None, name):
+            raise ValueError("wrong")
+        assert (tmp_path / "link").is_dir() and list((tmp_path / "empty").iterdir()) == []

@@ -298,7 +298,7 @@ def test_an_evaluation_elsewhere_finds_the_run_of_its_model(tmp_path):
 
 
 def test_the_newest_of_several_evaluations_stands(tmp_path):
-    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5), duplicates={})
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5), cost={"layer_operations": 1})
     for name, age in (("before", 50), ("later", 200), ("middle", 100)):
         place = tmp_path / name
         place.mkdir()
@@ -309,10 +309,30 @@ def test_the_newest_of_several_evaluations_stands(tmp_path):
     os.utime(run / "metrics.json", (150, 150))
     ((result,), strangers) = find_results([tmp_path], resolved_recipe)
     assert result.files["metrics"]["AP"] == 0.2 and result.places["metrics"] == (tmp_path / "later").resolve()
-    assert result.superseded.keys() == {one.resolve() for one in (run, tmp_path / "before", tmp_path / "middle")}
+    older = (run, tmp_path / "before", tmp_path / "middle")
+    assert result.superseded.keys() == {one.resolve() / "metrics.json" for one in older}
+    assert result.places["cost"] == run.resolve()  # the newest of each file
     (run / "recipe.yaml").write_text("model: {hidden: 3}")
     with pytest.raises(ValueError, match=r"a/recipe.yaml: .*hidden"):
         find_results([tmp_path], resolved_recipe)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 300}, {"dtype": "bfloat16"}, {"model": "last"}], ids=str)
+def test_an_evaluation_with_other_options_is_no_row(options, tmp_path):
+    """It is newer, and lies beside the one that is."""
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
+    for name, fields, ap in (("usual", {"dtype": "float32"}, 0.4), ("other", options, 0.6)):
+        place = run / name
+        place.mkdir()
+        about = {"model": "best", "data": "bccd", "split": "val", "top_k": 100, "dtype": None} | fields
+        (place / "evaluation.json").write_text(json.dumps(about | {"model": str(run / about["model"])}))
+        (place / "metrics.json").write_text(json.dumps(metrics(ap)))
+    results, _ = find_results([tmp_path], resolved_recipe)
+    words = {result.options_in_words(): result.files["metrics"]["AP"] for result in results}
+    ((name, value),) = options.items()
+    assert words == {"": 0.4, f"{'checkpoint' if name == 'model' else name} {value}": 0.6}
+    _, block = blocks_of(2, tmp_path)
+    assert [value for entry in block.rows for value in entry.values.get("AP", ())] == [40]
 
 
 def test_likelihoods_by_stage_and_their_ratios(tmp_path):

@@ -212,3 +212,15 @@ def test_a_backbone_with_padding_of_tensorflow_keeps_plain_sizes(tmp_path):
     assert (found["pred_boxes"] - expected.pred_boxes).abs().max() < 1e-5
     convolutions = [node for node in program.graph.nodes if node.target is torch.ops.aten.conv2d.default]
     assert convolutions and max(len(str(node.meta["val"].shape)) for node in convolutions) < 80
+
+
+@pytest.mark.parametrize("settings", [{"do_pad": False}, {"size_divisor": 16}], ids=str)
+def test_the_detector_refuses_pictures_that_the_graph_does_not_fit(exported, settings, tmp_path):
+    _, _, folder, _ = exported
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | settings))
+    with pytest.raises(ValueError, match="the graph needs pictures padded to multiples of 32"):
+        OnnxDetector(tmp_path)

@@ -339,15 +339,18 @@ def test_the_average_is_the_model_and_the_weights_in_training_a_variant(tmp_path
     assert os.path.samefile(weights, tmp_path / "last" / "model.raw.safetensors")
 
 
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-def test_settings_may_be_edited_and_weights_may_not(tmp_path, name):
+def test_a_calibration_may_be_saved_and_nothing_else_changed(tmp_path):
     accelerator = Accelerator(cpu=True)
     model, _ = accelerator.prepare(DrmmForObjectDetection(tiny_config()), torch.optim.AdamW([nn.Parameter()]))
     save_checkpoint(accelerator, tmp_path, model, DrmmImageProcessor(), Progress(), 1)
-    path = tmp_path / "last" / name
-    assert json.loads(path.read_text())
-    write_text(path, path.read_text().replace("{", '{\n  "note": "mine",', 1))
+    config, settings = (tmp_path / "last" / name for name in ("config.json", "preprocessor_config.json"))
+    write_text(settings, settings.read_text().replace("{", '{\n  "note": "mine",', 1))
     assert find_checkpoint(tmp_path) == tmp_path / "last"
+    before = config.read_text()
+    write_text(config, before.replace("{", '{\n  "note": "mine",', 1))
+    with pytest.raises(ValueError, match="no whole checkpoint: last .config.json"):
+        find_checkpoint(tmp_path)
+    write_text(config, before)
     cut(tmp_path / "last" / "model.safetensors")
     with pytest.raises(ValueError, match="no whole checkpoint: last .model.safetensors has"):
         find_checkpoint(tmp_path)

@@ -441,10 +441,10 @@ def test_validation_classes_must_be_those_of_training(tiny_recipe, tmp_path):
 def test_the_length_of_a_run_is_told_and_that_it_is_too_short_for_its_warm_up(tiny_recipe, capsys):
     """3 steps an epoch; by the clock, which nobody knows beforehand, it is said at the end."""
     training = tiny_recipe(warmup_steps=5, max_minutes=20, log_every=7).training
-    expected = "at most 6 steps or 20 minutes, 3 steps an epoch; a line every 7 steps"
+    expected = "at most 6 steps or 20 minutes, 3 steps an epoch; a line every 7 steps and at each checkpoint"
     assert loop.describe_length(training, 3, 6) == expected
     assert loop.describe_length(training, math.inf, math.inf).startswith("at most 2 epochs or 20 minutes; a line")
-    warning = "warning: the run's 3 steps end within the warm-up, warmup_steps 4: the learning rate reaches at most "
+    warning = "warning: the run's 3 steps end within the warm-up, warmup_steps 4: the learning rate never reaches "
     train(tiny_recipe(max_steps=3, warmup_steps=4))
     said = capsys.readouterr().out
     assert said.count(warning) == said.count("warning") == 1 and said.index(warning) < said.index("step 1 ")

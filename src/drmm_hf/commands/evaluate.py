@@ -239,7 +239,9 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
     about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
-    about |= {} if args.dtype is None else {"dtype": args.dtype}
+    about |= {"top_k": args.top_k, "dtype": args.dtype}
+    if calibrators is not None:
+        check_calibrators(calibrators, annotations)
 
     calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:
@@ -257,15 +259,13 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
             write_json(about, output / "evaluation.json")
     else:
         model, processor = load_detector(source, args.device if processes is None else processes.device, args.dtype)
-        if args.losses or other or args.coverage:
+        if args.losses or other is not None or args.coverage:
             check_density(model.config)
         calibration = getattr(processor, "calibration", None)
         if args.calibrators and calibration:
             raise ValueError(
                 "the model's processor calibrates already; --calibrators are for predictions as they are."
             )
-        if calibrators is not None:
-            check_calibrators(calibrators, annotations)
         if hasattr(model.config, "coordinate_distribution"):
             freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
         if args.assignments:
@@ -296,7 +296,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     asked |= {"calibrators": calibrators, "breakdown": args.breakdown, "coverage": args.coverage}
     asked |= {"freedom": freedom, "calibrated": bool(calibration)}
     reports = chain([("metrics", metrics)], analyse(entries, annotations, output, args.top_k, **asked))
-    if args.losses or other:
+    if args.losses or other is not None:
         losses = measure_likelihood(model, processor, dataset, annotations, output, args.batch_size)
         reports = chain(reports, [("likelihood", losses)])
     picture = None if dataset is None else partial(read_picture, dataset)
@@ -313,7 +313,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         written += draw_report(name, report, output, picture)
         if name == "calibration" and args.calibration and not calibration and "not_fitted" not in report:
             written.append("calibrators.json")
-    if other:
+    if other is not None:
         print(f"\n{comparison_table(losses, other)}")
     if args.assignments:
         matched = assignments(model, processor, dataset, annotations, num_images=args.assignments)

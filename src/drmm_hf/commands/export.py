@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -46,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
     from ..benchmarks.exported import measure_latency
     from ..conversion.model_source import find_source
     from ..conversion.new_folder import check_new
+    from ..evaluation.files import write_json
     from ..evaluation.predict import load_detector
     from ..evaluation.report import load_split
-    from ..export.export import check_export, export_detector, write_about
+    from ..export.export import check_export, export_detector
     from ..export.exported import ExportedDetector
     from ..export.graph import DetectionGraph
     from ..export.parity import precision_of
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         about["AP"] = precision_of({"eager": graph, "exported": exported}, processor, model.config, *split)
         eager, other = about["AP"].values()
         print(f"\nAP in per cent: {100 * eager:.3f} in torch, {100 * other:.3f} in {args.format}")
-    write_about(args.output, about)
+    write_json(about, Path(args.output) / "export.json")
     print(f"\n{args.output} is the export; export.json in it has the figures")
     return 0
 

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"figure is {args.number}; drawn from results are {', '.join(map(str, FIGURES))}.{diagrams}")
     results, strangers = find_results(args.results, resolved_recipe)
     try:
-        path, used = FIGURES[args.number]([one for one in results if not _overfits(one)], strangers, args)
+        usual = [one for one in results if not _overfits(one) and not one.options]
+        path, used = FIGURES[args.number](usual, strangers, args)
     except ValueError:
         print(*left_out(results, strangers, []), sep="\n", file=sys.stderr)
         raise
@@ -86,6 +87,8 @@ def left_out(results: Sequence[Result], strangers: Sequence[Path], used: Sequenc
     for result in results:
         if _overfits(result):
             lines.append(f"left out, trained to overfit {result.recipe['overfit']} pictures: {_place(result)}")
+        elif result.options:
+            lines.append(f"left out, evaluated otherwise ({result.options_in_words()}): {_place(result)}")
         elif result not in used:
             lines.append(f"left out, not needed ({_about(result)}): {_place(result)}")
         for old, new in result.superseded.items():
@@ -99,11 +102,11 @@ def _overfits(result: Result) -> bool:
     return result.recipe["overfit"] is not None
 
 
-def _place(source: Result | Path) -> Path:
-    """Return the folder that figures are from."""
+def _place(source: Result | Path) -> str:
+    """Return the folders that figures are from: a result joins files of several evaluations."""
     if isinstance(source, Path):
-        return source
-    return source.places.get("metrics") or next(iter(source.places.values()), source.run)
+        return str(source)
+    return ", ".join(map(str, dict.fromkeys(source.places.values()))) or str(source.run)
 
 
 def _about(source: Result | Path) -> str:

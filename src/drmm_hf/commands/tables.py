@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     shown = [result for block in blocks for row in block.rows for result in row.results]
     for result in results:
         if result not in shown:
-            about = f"{result.data} {result.split}"
+            about = f"{result.data} {result.split}{', ' if result.options else ''}{result.options_in_words()}"
             print(f"left out, no row of table {args.number} is of it ({about}): {result.run}", file=sys.stderr)
         for old, new in result.superseded.items():
             print(f"left out, older than {new}, of the same model and split: {old}", file=sys.stderr)

@@ -352,11 +352,11 @@ def _are_four(value: Any) -> bool:
 _RULES = {
     "image_id": (_is_whole, "a whole number"),
     "category_id": (_is_whole, "a whole number"),
-    "bbox": (_are_four, "4 numbers, x, y, width and height"),
+    "bbox": (_are_four, "4 numbers that float32 can hold, x, y, width and height"),
     "score": (_is_score, "a number in [0, 1]"),
-    "query": (_is_whole, "a whole number"),
-    "objectness": (_is_number, "a number"),
-    "class_probability": (_is_number, "a number"),
+    "query": (lambda value: _is_whole(value) and value >= 0, "a whole number of at least 0"),
+    "objectness": (_is_score, "a number in [0, 1]"),
+    "class_probability": (_is_score, "a number in [0, 1]"),
     "box_scales": (lambda value: _are_four(value) and min(value) >= 0, "4 numbers of at least 0"),
 }
 

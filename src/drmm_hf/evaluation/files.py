@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -84,8 +83,9 @@ def run_lock(processes: Accelerator | PartialState | None, output_dir: str | Pat
     Raises:
         ValueError: If another run holds the lock, in every process; the message has its process id and host.
     """
-    message = None
-    with _lock_file(Path(output_dir)) if processes is None or processes.is_main_process else nullcontext() as file:
+    message, output_dir = None, Path(output_dir)
+    was_there = output_dir.exists()
+    with _lock_file(output_dir) if processes is None or processes.is_main_process else nullcontext() as file:
         if file is not None and not _lock(file):
             file.seek(0)
             message = f"output_dir {str(output_dir)!r} is in use by {file.read().strip() or 'another run'}"
@@ -98,8 +98,11 @@ def run_lock(processes: Accelerator | PartialState | None, output_dir: str | Pat
         try:
             yield
         finally:
-            if file is not None and [path.name for path in Path(output_dir).iterdir()] == ["run.lock"]:
-                shutil.rmtree(output_dir)  # the run ended before it wrote anything
+            # Where the run ended before it wrote anything, nothing is left of it.
+            if file is not None and [path.name for path in output_dir.iterdir()] == ["run.lock"]:
+                (output_dir / "run.lock").unlink()
+                if not was_there:
+                    output_dir.rmdir()
 
 
 def _lock_file(output_dir: Path):

@@ -66,7 +66,7 @@ def write_figures(metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any
             stale = [name for name in REPORTS if (output_dir / name).is_file()]
             for name in (*stale, "metrics.json"):
                 (output_dir / name).unlink(missing_ok=True)
-            if stale:
+            if any(name.endswith(".json") for name in stale):  # pictures alone are a training run's own, drawn anew
                 print(f"{output_dir} held another evaluation; its reports are removed: {', '.join(stale)}", flush=True)
         for name in ("detections.json", "metrics.json"):
             os.replace(Path(aside) / name, output_dir / name)

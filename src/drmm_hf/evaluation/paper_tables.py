@@ -143,7 +143,9 @@ class Result:
         files (`dict[str, dict]`): Contents of `metrics`, `duplicates`, `likelihood`, `calibration`, `assignments`,
             `cost` and `summary`, those there are; `nms` and `wta` are metrics after these.
         places (`dict[str, Path]`): Folder that each of them is from.
-        superseded (`dict[Path, Path]`): Folders with older figures of the same, and the folder that took their place.
+        superseded (`dict[Path, Path]`): Older files of the same, and the file that took the place of each.
+        options (`dict`): What the evaluation did otherwise than usual (`top_k`, `dtype`, another `checkpoint` than the
+            best): such figures are no row and in no figure.
     """
 
     run: Path
@@ -153,6 +155,11 @@ class Result:
     files: dict[str, dict] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
     superseded: dict[Path, Path] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def options_in_words(self) -> str:
+        """Say what `options` hold."""
+        return ", ".join(f"{name} {value}" for name, value in self.options.items())
 
     @property
     def is_coco(self) -> bool:
@@ -306,8 +313,9 @@ def find_results(
             selects = about.get("top_k_ratio")
             if selects is not None:
                 recipe |= {"top_k_ratio": selects, "top_k_last_stage": False}
-            key = run, data_name(str(data)), split, selects
-            result = found.setdefault(key, Result(run, recipe, key[1], split))
+            options = _unusual_options(run, about)
+            key = run, data_name(str(data)), split, selects, *sorted(options.items())
+            result = found.setdefault(key, Result(run, recipe, key[1], split, options=options))
             for path in (place / f"{name}.json" for name in _FILES):
                 content = _read(path)
                 if content:
@@ -316,7 +324,7 @@ def find_results(
                     other = result.places.get(name, place)
                     old, new = sorted((other, place), key=lambda one: (one / path.name).stat().st_mtime)
                     if old != new:
-                        result.superseded[old] = new
+                        result.superseded[old / path.name] = new / path.name
                     if new == place:
                         result.files[name], result.places[name] = content, place
             result.files.setdefault("summary", _read(run / "summary.json"))
@@ -344,6 +352,15 @@ def _run_of(place: Path, about: Mapping[str, Any]) -> Path | None:
             if (folder / "recipe.yaml").is_file():
                 return folder.resolve()
     return None
+
+
+def _unusual_options(run: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an evaluation did otherwise than the tables suppose; files of earlier versions do not say."""
+    options = {"top_k": about.get("top_k") or 100, "dtype": about.get("dtype"), "checkpoint": "best"}
+    model = Path(about.get("model") or run)
+    if model.resolve().parent == run:
+        options["checkpoint"] = model.name
+    return {name: value for name, value in options.items() if value not in (100, None, "float32", "best")}
 
 
 def data_name(source: str) -> str:
@@ -439,6 +456,8 @@ def _measure(table: Table, row: Row, results: Sequence[Result], is_coco: bool) -
 
 def _is_row(row: Row, result: Result, is_coco: bool) -> bool:
     """Tell whether a run has what a row asks for."""
+    if result.options:
+        return False
     wanted, recipe = dict(row.fields), result.recipe
     if not is_coco:
         wanted.pop("proposal_grid", None)

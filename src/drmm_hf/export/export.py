@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import torch
 import drmm_onnx
 
 from ..conversion.new_folder import new_folder
+from ..evaluation.files import write_json
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
 from .exported import FILES, ExportedDetector
@@ -109,22 +109,10 @@ def export_detector(
             shutil.copy(drmm_onnx.__file__, folder)
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_about(folder, about)
+        write_json(about, folder / "export.json")
         about["parity"] = compare_with_eager(model, processor, ExportedDetector(folder))
-        write_about(folder, about)
+        write_json(about, folder / "export.json")
     return about
-
-
-def write_about(folder: str | Path, about: dict[str, Any]) -> None:
-    """Write `export.json`.
-
-    Args:
-        folder (`str` or `Path`): Of the export.
-        about (`dict`): What it says.
-    """
-    aside = Path(folder) / ".export.json"
-    aside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    aside.replace(Path(folder) / "export.json")
 
 
 def _in_dtype(model: DrmmForObjectDetection, dtype: torch.dtype) -> DrmmForObjectDetection:

@@ -35,8 +35,8 @@ from torch import nn
 STATE_FOLDER = "training_state"
 RECORD = f"{STATE_FOLDER}/record.json"
 RAW_VARIANT = "raw"
-# Of a model folder: may be changed by hand or by `drmm calibrate`, and a run that goes on does not read them.
-SETTINGS = ("config.json", "preprocessor_config.json")
+# Of a model folder: `drmm calibrate` changes it, and a run that goes on does not read it.
+SETTINGS = ("preprocessor_config.json",)
 
 
 @dataclass

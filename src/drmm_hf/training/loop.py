@@ -392,7 +392,7 @@ def describe_length(training: TrainingArguments, epoch_steps: float, total_steps
     line = f"at most {' or '.join(bounds)}"
     if math.isfinite(epoch_steps):
         line += f", {epoch_steps} steps an epoch"
-    line += f"; a line every {training.log_every} steps"
+    line += f"; a line every {training.log_every} steps and at each checkpoint"
     return f"{line}\n{describe_short_run(training, total_steps)}" if total_steps <= training.warmup_steps else line
 
 
@@ -401,16 +401,14 @@ def describe_short_run(training: TrainingArguments, steps: int) -> str:
 
     Args:
         training (`TrainingArguments`): Warm-up and learning rate.
-        steps (`int`): Optimiser steps of the run, at least 1 and at most those of the warm-up.
+        steps (`int`): Optimiser steps of the run, at most those of the warm-up.
 
     Returns:
         `str`: A warning.
     """
-    start = training.warmup_start_factor
-    rate = training.learning_rate * (start + (1 - start) * (steps - 1) / training.warmup_steps)
     return (
         f"warning: the run's {steps} steps end within the warm-up, warmup_steps {training.warmup_steps}: the learning "
-        f"rate reaches at most {rate:.2g} of {training.learning_rate:g}; lower warmup_steps"
+        f"rate never reaches {training.learning_rate:g}; lower warmup_steps"
     )
 
 
