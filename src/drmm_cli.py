@@ -111,7 +111,8 @@ def _main(argv: list[str]) -> int:
             import_module(f"drmm_hf.commands.{name}").add_arguments(command)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "fields"):
-        parser.error(f"{args.command} does not know {' '.join(rest)}")
+        command = f"{args.command} {args.kind}" if hasattr(args, "kind") else args.command
+        parser.error(f"{command} does not know {' '.join(rest)}; drmm {command} --help lists what it takes")
     if rest:
         args.fields = rest
     try:

@@ -234,6 +234,8 @@ def test_what_is_missing_is_said_with_its_command(runs, tmp_path, capsys):
     assert main(["figures", "3", *output]) == 2
     assert "docs/concepts.md" in capsys.readouterr().err
     assert main(["figures", "16", *output]) == 2
+    assert main(["figures", "7", "--results", str(tmp_path / "none"), "--output", "figure.xyz"]) == 2
+    assert "output is 'figure.xyz'; it must end in .png, .pdf or .svg" in capsys.readouterr().err
     assert not (tmp_path / "figure.png").exists()
 
 

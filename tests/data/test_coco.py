@@ -234,6 +234,8 @@ def test_bad_files(coco_folder, content):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not valid json"):
         load_detection_dataset(folder, "val")
+    path.write_text(json.dumps(content), encoding="utf-8-sig")  # as Windows' editors save it
+    assert len(load_detection_dataset(folder, "val")) == len(content["images"])
     write(content | {"categories": []})
     with pytest.raises(ValueError, match="categories is empty"):
         load_detection_dataset(folder, "val")

@@ -315,3 +315,10 @@ def test_only_the_files_of_a_split_are_fetched(bad_folder, tmp_path_factory, mon
     assert [record["name"] for record in categories(dataset)] == list("abcdefghij")
     with pytest.raises(Exception, match="(?i)parquet|generat"):
         load_detection_dataset(bad_folder, "val", bbox_format="xywh", invalid="skip")
+
+
+@pytest.mark.parametrize("position", [{"epoch": 1, "next": 0, "lanes": [], "left_out": {}}, None], ids=str)
+def test_a_position_of_another_version_is_refused(position):
+    loader = loader_of(sharded(generate_shapes(4, seed=0, image_size=(32, 48)), 2))
+    with pytest.raises(ValueError, match="the position in the stream is .*; it must have epoch, order, next, lanes"):
+        loader.load_state_dict(position)

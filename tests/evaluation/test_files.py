@@ -87,3 +87,8 @@ def test_a_folder_that_was_there_stays_even_if_it_is_a_link(tmp_path, monkeypatc
         with pytest.raises(ValueError, match="^wrong$"), run_lock(None, name):
             raise ValueError("wrong")
         assert (tmp_path / "link").is_dir() and list((tmp_path / "empty").iterdir()) == []
+
+
+def test_the_mark_of_windows_editors_is_no_content(tmp_path):
+    (tmp_path / "file.json").write_text('{"AP": 0.5}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "file.json") == {"AP": 0.5}

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
             " Figures 1, 3, 4 and 5 are diagrams: docs/concepts.md has them." if args.number in range(1, 6) else ""
         )
         raise ValueError(f"figure is {args.number}; drawn from results are {', '.join(map(str, FIGURES))}.{diagrams}")
+    if Path(args.output).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"output is {args.output!r}; it must end in .png, .pdf or .svg.")
     results, strangers = find_results(args.results, resolved_recipe)
     try:
         usual = [one for one in results if not _overfits(one) and not one.options]

@@ -432,7 +432,7 @@ def _read_annotations(path: Path) -> dict[str, Any]:
         return record
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=without_segmentation)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=without_segmentation)
     except ValueError as error:  # bad json, or bytes that are not utf-8
         raise ValueError(f"{path} is not valid json: {error}") from None
     for key in ("images", "annotations", "categories"):

@@ -106,7 +106,16 @@ class StreamLoader:
 
         Args:
             state (`dict`): From `state_dict` of a loader with the same stream.
+
+        Raises:
+            ValueError: If it is no position of this version.
         """
+        if not isinstance(state, dict) or self.position.keys() != state.keys():
+            keys = ", ".join(self.position)
+            raise ValueError(
+                f"the position in the stream is {state!r:.80}; it must have {keys}. After a position of an "
+                "earlier version the epoch cannot go on: start the run anew, or from its last model with init_from."
+            )
         self.position = deepcopy(state)
 
     @property

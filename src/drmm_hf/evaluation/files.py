@@ -31,7 +31,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: If it is no valid json; the message names it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows' editors put a mark before it
     except RecursionError:
         raise ValueError(f"{path} is not valid json: it is nested too deeply") from None
     except ValueError as error:  # bad json, or bytes that are not utf-8

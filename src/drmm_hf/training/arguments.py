@@ -97,11 +97,18 @@ class DataArguments:
     def __post_init__(self):
         """Check every field."""
         check_types(self, "data")
-        for name in ("num_train_images", "num_val_images", "shortest_edge", "overfit", "shuffle_buffer"):
+        for name in ("num_train_images", "num_val_images", "overfit", "shuffle_buffer"):
             value = getattr(self, name)
             check(self, "data", name, value is None or value >= 1, "must be at least 1")
         check(self, "data", "holdout", self.holdout is None or 0 < self.holdout < 1, "must lie between 0 and 1")
         check(self, "data", "num_workers", self.num_workers >= 0, "must not be negative")
+        check(
+            self,
+            "data",
+            "shortest_edge",
+            self.shortest_edge >= 32,
+            "must be at least 32, one cell of the coarsest map",
+        )
         check(self, "data", "longest_edge", self.longest_edge >= self.shortest_edge, "must be at least shortest_edge")
         check(
             self,
