@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from drmm_cli import main
 from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
-from drmm_hf.commands.predict import find_pictures
+from drmm_hf.data.films import Film, film_writer
 
 
 def test_boxes_as_json_and_drawn_pictures(model_folder, coco_folder, tmp_path, capsys):
@@ -48,18 +49,6 @@ def test_pictures_of_one_name_are_drawn_apart(model_folder, coco_folder, tmp_pat
     pictures = [str(coco_folder / "val" / "0.png"), str(tmp_path / "again" / "0.png")]
     assert main(["predict", str(model_folder), *pictures, "--output", str(output)]) == 0
     assert sorted(path.name for path in output.iterdir()) == ["0.jpg", "0_2.jpg", "predictions.json"]
-
-
-def test_find_pictures_takes_files_and_folders_once(coco_folder, tmp_path):
-    folder = coco_folder / "val"
-    assert find_pictures([folder, folder / "1.png"]) == [folder / f"{index}.png" for index in range(3)]
-    (tmp_path / "text.txt").write_text("not a picture")
-    with pytest.raises(ValueError, match="text.txt is no picture"):
-        find_pictures([tmp_path / "text.txt"])
-    with pytest.raises(FileNotFoundError, match="holds no picture"):
-        find_pictures([tmp_path])
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        find_pictures([tmp_path / "nowhere"])
 
 
 def test_no_picture_is_drawn_over(model_folder, coco_folder, tmp_path):
@@ -198,3 +187,88 @@ def test_boxes_are_kept_as_post_processing_keeps_them(drmm_folder, coco_folder, 
         assert main(["predict", str(folder), str(picture), "--output", str(tmp_path / "out"), "--json"]) == 0
         (record,) = json.loads(capsys.readouterr().out)
         assert len(record["boxes"]) == len(expected["scores"]) == 3
+
+
+def test_tiles_find_at_least_as_much(drmm_folder, coco_folder, tmp_path, capsys):
+    arguments = ["predict", str(drmm_folder), str(coco_folder / "val"), "--threshold", "0", "--json"]
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--tile", "48", "--batch-size", "3"]) == 0
+    tiled = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    for with_tiles, without in zip(tiled, plain, strict=True):
+        best = max(entry["score"] for entry in with_tiles["boxes"])
+        assert best >= max(entry["score"] for entry in without["boxes"]) - 1e-6
+        assert {"box_scales", "objectness"} < with_tiles["boxes"][0].keys() and "query" not in with_tiles["boxes"][0]
+    assert main([*arguments, "--tile", "48", "--density"]) == 2
+    assert "--density is of one pass" in capsys.readouterr().err
+    assert main([*arguments, "--tile", "48", "--tile-overlap", "1"]) == 2
+    assert "tile_overlap is 1.0; the rule is at least 0 and below 1" in capsys.readouterr().err
+
+
+def test_boxes_as_a_coco_file(model_folder, coco_folder, tmp_path):
+    arguments = ["predict", str(model_folder), str(coco_folder / "val"), "--threshold", "0"]
+    assert main([*arguments, "--output", str(tmp_path), "--coco", str(tmp_path / "mine.json")]) == 0
+    records, content = (json.loads((tmp_path / name).read_text()) for name in ("predictions.json", "mine.json"))
+    ids = [3, 8] if "drmm" in model_folder.name else [0, 1]
+    assert content["categories"] == [{"id": ids[0], "name": "round"}, {"id": ids[1], "name": "square"}]
+    assert [image["file_name"] for image in content["images"]] == [record["file"] for record in records]
+    boxes = [(image_id, box) for image_id, record in enumerate(records, 1) for box in record["boxes"]]
+    assert len({entry["id"] for entry in content["annotations"]}) == len(boxes) > 0
+    for (image_id, box), entry in zip(boxes, content["annotations"], strict=True):
+        left, top, width, height = entry["bbox"]
+        assert [left, top, left + width, top + height] == pytest.approx(box["box"], abs=2e-3)
+        assert (entry["image_id"], entry["score"]) == (image_id, box["score"])
+        assert entry["category_id"] == ids[["round", "square"].index(box["label"])]
+
+
+def test_a_film_is_written_with_its_boxes(drmm_folder, tmp_path, capsys):
+    """A picture between two films keeps its place; frames are those that are asked for."""
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    for name in ("a.mp4", "b.mp4"):
+        with film_writer(tmp_path / name, Fraction(10)) as add:
+            for index in range(5):
+                add(Image.fromarray(np.roll(pixels, 8 * index, axis=1)))
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    places = [str(tmp_path / name) for name in ("a.mp4", "a.png", "b.mp4")]
+    output = tmp_path / "out"
+    arguments = ["predict", str(drmm_folder), *places, "--output", str(output), "--every", "2", "--batch-size", "2"]
+    assert main([*arguments, "--threshold", "0", "--interval", "0.9"]) == 0
+    said = capsys.readouterr().out
+    first, picture, second = json.loads((output / "predictions.json").read_text())
+    assert [record["file"] for record in (first, picture, second)] == places and "frames" not in picture
+    assert [(frame["frame"], frame["seconds"]) for frame in first["frames"]] == [(0, 0), (2, 0.2), (4, 0.4)]
+    assert all(frame["boxes"] and "box_intervals" in frame["boxes"][0] for frame in first["frames"])
+    drawn = Film(first["drawn"])
+    assert drawn.rate == 5 == first["frames_per_second"] and len(list(drawn)) == 3
+    count = sum(len(frame["boxes"]) for frame in first["frames"])
+    assert f"a.mp4 (80x60): {count} boxes in 3 frames" in said
+    assert sorted(path.name for path in output.iterdir()) == ["a.jpg", "a.mp4", "b.mp4", "predictions.json"]
+    for option in (["--density"], ["--coco", str(tmp_path / "mine.json")]):
+        assert main([*arguments, *option]) == 2
+        assert "leave out films" in capsys.readouterr().err
+    (tmp_path / "b.mp4").write_bytes(b"no film")
+    before = (output / "predictions.json").read_bytes()
+    assert main(arguments) == 2
+    assert "b.mp4 is no film that FFmpeg can read" in capsys.readouterr().err
+    assert (output / "predictions.json").read_bytes() == before
+
+
+def test_what_is_done_stays_when_a_film_is_damaged_later(drmm_folder, tmp_path, capsys, monkeypatch):
+    for name in ("a.mp4", "b.mp4"):
+        with film_writer(tmp_path / name, Fraction(10)) as add:
+            add(Image.new("RGB", (80, 60)))
+
+    def damaged(film):
+        yield from frames(film)
+        if "b.mp4" in film.name:
+            raise ValueError(f"{film.name} is damaged after frame 0")
+
+    frames = Film.__iter__
+    monkeypatch.setattr(Film, "__iter__", damaged)
+    output = tmp_path / "out"
+    places = [str(tmp_path / name) for name in ("a.mp4", "b.mp4")]
+    assert main(["predict", str(drmm_folder), *places, "--output", str(output)]) == 2
+    assert "b.mp4 is damaged after frame 0" in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == ["a.mp4", "predictions.json"]
+    (record,) = json.loads((output / "predictions.json").read_text())
+    assert record["file"] == places[0]

@@ -1,16 +1,26 @@
-"""`drmm predict`: find the objects in pictures."""
+"""`drmm predict`: find the objects in pictures and films."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from .counts import at_least
 
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
+
+    from ..data.films import Film
+    from ..data.picture_files import PictureFile
+
+TOP_K = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (`argparse.ArgumentParser`): The command's parser.
     """
     parser.add_argument("model", help="folder or Hub id of any transformers object detector")
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="pictures, and folders of pictures")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGES",
+        help="pictures and films: files, folders, patterns as 'shots/**/*.jpg', http addresses, - for standard input",
+    )
     parser.add_argument(
         "--output", default="runs/predict", metavar="DIR", help="where to write (default: runs/predict)"
     )
@@ -35,6 +50,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--density", action="store_true", help="also draw the density over box centres and sides (D-RMM's mixtures)"
+    )
+    parser.add_argument(
+        "--tile",
+        type=at_least(32),
+        metavar="PX",
+        help="see each picture in the whole and in square tiles of this side, for small objects in large pictures",
+    )
+    parser.add_argument(
+        "--tile-overlap",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="share of a tile that the next one sees too; objects to be found should be smaller (default: 0.25)",
+    )
+    parser.add_argument(
+        "--every", type=at_least(1), default=1, metavar="N", help="look at each N-th frame of a film (default: 1)"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=1, metavar="N", help="pictures of equal size a pass (default: 1)"
+    )
+    parser.add_argument(
+        "--coco", metavar="FILE", help="also write the boxes as a COCO file, which tools for annotation read"
     )
     parser.add_argument("--json", action="store_true", help="print the boxes as json, and nothing else")
     parser.add_argument(
@@ -53,97 +90,155 @@ def run(args: argparse.Namespace) -> int:
         `int`: 0.
     """
     from ..conversion.model_source import find_source
+    from ..data.picture_files import find_pictures
 
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"threshold is {args.threshold}; scores lie in [0, 1].")
     if args.interval is not None and not 0 < args.interval < 1:
         raise ValueError(f"interval is {args.interval}; the rule is between 0 and 1.")
+    if not 0 <= args.tile_overlap < 1:
+        raise ValueError(f"tile_overlap is {args.tile_overlap}; the rule is at least 0 and below 1.")
+    if args.density and args.tile:
+        raise ValueError("--density is of one pass over the whole picture; leave out --tile.")
     name = find_source(args.model)
-    paths = find_pictures(args.images)
+    with TemporaryDirectory() as aside:
+        files = find_pictures(args.images, aside)
+        if args.density and any(file.is_film for file in files):
+            raise ValueError("--density draws pictures; leave out films.")
+        if args.coco and any(file.is_film for file in files):
+            raise ValueError("--coco has pictures; leave out films.")
+        return _predict(args, name, files)
 
-    import datasets
-    import numpy as np
+
+def _predict(args: argparse.Namespace, name: str, files: Sequence[PictureFile]) -> int:
+    """Predict what has been found."""
     from transformers.utils import logging
 
-    from ..evaluation.files import write_text
+    from ..data.films import Film
+    from ..evaluation.files import write_json, write_text
     from ..evaluation.likelihood import check_density
-    from ..evaluation.predict import load_detector, predict
-    from ..modeling.mixture import central_quantile, tail_freedom
-    from ..visualization.density_picture import density_picture, mixture_of_result
-    from ..visualization.draw_boxes import draw_boxes
+    from ..evaluation.predict import load_detector
 
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a place that cannot be written costs none
-    files = [str(path) for path in paths]
-    dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": files, "image": files})
-    dataset = dataset.cast_column("image", datasets.Image())
+    films = {file: Film(file.path, file.name, args.every) for file in files if file.is_film}
     model, processor = load_detector(name, args.device, args.dtype)
-    config, top_k, freedom = model.config, 100, 1.0
-    limits = thresholds(args.threshold, getattr(processor, "score_threshold", None), config.num_labels)
     if args.interval is not None or args.density:
-        check_density(config)
-        freedom = tail_freedom(config.coordinate_distribution, config.student_t_freedom)
-    if args.density:
-        top_k = config.num_queries * config.num_labels  # all pairs: they are the whole mixture
-    everything = predict(model, processor, dataset, top_k=top_k)
-    detections = everything.top_k(100)
-
-    names, records = config.id2label, []
-    places = (_drawn_paths(paths, output), _drawn_paths(paths, output, "_density.png"))
-    for path, row, drawn_path, density_path in zip(paths, dataset, *places, strict=True):
-        result = detections[row["image_id"]]
-        result = {name: values[result["scores"] > limits[result["labels"]]] for name, values in result.items()}
-        if args.interval is not None:
-            reach = central_quantile(args.interval, freedom) * result["box_scales"]
-            result["box_intervals"] = np.stack([result["boxes"] - reach, result["boxes"] + reach], axis=-1)
-        columns = {name: values.tolist() for name, values in result.items()}
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        size = {"width": row["image"].width, "height": row["image"].height}
-        record = {"file": str(path), "drawn": str(drawn_path), **size, "boxes": [_box(one, names) for one in rows]}
-        draw_boxes(row["image"], result, names, threshold=0).save(drawn_path, quality=92)
-        if args.density:
-            density_picture(row["image"], mixture_of_result(everything[row["image_id"]]), density_path, freedom)
-            record["density"] = str(density_path)
-        records.append(record)
-    text = json.dumps(records, indent=1)
-    write_text(output / "predictions.json", text + "\n")
+        check_density(model.config)
+    places = _drawn_paths(files, output, ".jpg")
+    predicted = {}
+    try:
+        pictures = [file for file in files if file not in films]
+        predicted |= _pictures(args, model, processor, pictures, places)
+        for file, film in films.items():
+            predicted[file] = _film(args, model, processor, film, places[file])
+    finally:  # a film may be damaged at its end
+        records = [predicted[file] for file in files if file in predicted]
+        text = json.dumps(records, indent=1)
+        if records:
+            write_text(output / "predictions.json", text + "\n")
+    if args.coco:
+        write_json(coco_content(records, model.config), args.coco)
     print(text if args.json else _lines(records))
     return 0
 
 
-def find_pictures(places: Iterable[str | Path]) -> list[Path]:
-    """List pictures, those of folders in the order of their names.
+def _pictures(
+    args: argparse.Namespace,
+    model: Any,
+    processor: Any,
+    files: Sequence[PictureFile],
+    places: Mapping[PictureFile, Path],
+) -> Iterator[tuple[PictureFile, dict[str, Any]]]:
+    """Predict pictures, draw them, and yield what is said of each."""
+    import datasets
+    from tqdm import tqdm
 
-    Args:
-        places (`Iterable[str | Path]`): Picture files, and folders that hold some.
+    from ..modeling.mixture import tail_freedom
+    from ..visualization.density_picture import density_picture, mixture_of_result
 
-    Returns:
-        `list[Path]`: Each file once.
+    if not files:
+        return
+    paths = [str(file.path) for file in files]
+    dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": paths, "image": paths})
+    dataset = dataset.cast_column("image", datasets.Image())
+    config, top_k = model.config, TOP_K
+    if args.density:
+        top_k = config.num_queries * config.num_labels  # all pairs: they are the whole mixture
+    everything = _detect(args, model, processor, dataset, top_k)
+    detections = everything.top_k(TOP_K) if args.density else everything
+    density_places = _drawn_paths(files, Path(args.output), "_density.png") if args.density else {}
+    rows = tqdm(
+        zip(files, dataset, strict=True), "drawing", len(files), unit="image", delay=2, disable=None, leave=False
+    )
+    for file, row in rows:
+        result = _shown(args, detections[row["image_id"]], model, processor)
+        _draw(row["image"], result, config).save(places[file], quality=92)
+        size = {"width": row["image"].width, "height": row["image"].height}
+        record = {"file": file.name, "drawn": str(places[file]), **size, "boxes": _boxes(result, config)}
+        if args.density:
+            freedom = tail_freedom(config.coordinate_distribution, config.student_t_freedom)
+            mixture = mixture_of_result(everything[row["image_id"]])
+            density_picture(row["image"], mixture, density_places[file], freedom)
+            record["density"] = str(density_places[file])
+        yield file, record
 
-    Raises:
-        FileNotFoundError: If a place does not exist, or a folder holds no picture.
-        ValueError: If a file is no picture.
-    """
-    from PIL import Image, UnidentifiedImageError
 
-    found: list[Path] = []
-    for place in map(Path, places):
-        if not place.exists():
-            raise FileNotFoundError(f"{place} does not exist; images are files and folders.")
-        if place.is_dir():
-            known = Image.registered_extensions()
-            files = sorted(path for path in place.iterdir() if path.suffix.lower() in known and path.is_file())
-            if not files:
-                raise FileNotFoundError(f"{place} holds no picture; a folder of images has at least one.")
-            found += files
-            continue
-        try:
-            Image.open(place).close()
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{place} is no picture that Pillow can read.") from error
-        found.append(place)
-    return list(dict.fromkeys(found))
+def _film(args: argparse.Namespace, model: Any, processor: Any, film: Film, place: Path) -> dict[str, Any]:
+    """Predict the frames of a film, a few at a time, write them drawn, and return what is said of it."""
+    from tqdm import tqdm
+
+    from ..data.films import film_writer
+
+    record = {"file": film.name, "drawn": str(place), "frames_per_second": float(film.rate)}
+    record |= {"width": None, "height": None, "frames": []}
+    frames = iter(tqdm(film, film.name, film.num_frames, unit="frame", delay=2, disable=None, leave=False))
+    with film_writer(place, film.rate) as write:
+        while chunk := list(islice(frames, args.batch_size)):
+            rows = [{"image_id": frame.index, "image": frame.image} for frame in chunk]
+            detections = _detect(args, model, processor, rows, TOP_K, progress=False)
+            for frame in chunk:
+                result = _shown(args, detections[frame.index], model, processor)
+                write(_draw(frame.image, result, model.config))
+                boxes = _boxes(result, model.config)
+                record["frames"].append({"frame": frame.index, "seconds": round(frame.seconds, 3), "boxes": boxes})
+                record |= {"width": frame.image.width, "height": frame.image.height}
+        if not record["frames"]:
+            raise ValueError(f"{film.name} has no frame.")
+    return record
+
+
+def _detect(args: argparse.Namespace, model: Any, processor: Any, rows: Any, top_k: int, progress: bool = True):
+    """Predict rows in the whole, or in tiles too."""
+    from ..evaluation.predict import predict
+    from ..evaluation.tiles import predict_tiles
+
+    options = {"batch_size": args.batch_size, "top_k": top_k, "progress": progress}
+    if args.tile:
+        return predict_tiles(model, processor, rows, args.tile, args.tile_overlap, **options)
+    return predict(model, processor, rows, **options)
+
+
+def _shown(args: argparse.Namespace, result: Mapping[str, np.ndarray], model: Any, processor: Any) -> dict[str, Any]:
+    """Return the detections above the threshold, with their intervals where those are asked for."""
+    import numpy as np
+
+    from ..modeling.mixture import central_quantile, tail_freedom
+
+    limits = thresholds(args.threshold, getattr(processor, "score_threshold", None), model.config.num_labels)
+    result = {name: values[result["scores"] > limits[result["labels"]]] for name, values in result.items()}
+    if args.interval is not None:
+        freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
+        reach = central_quantile(args.interval, freedom) * result["box_scales"]
+        result["box_intervals"] = np.stack([result["boxes"] - reach, result["boxes"] + reach], axis=-1)
+    return result
+
+
+def _draw(image: Image, result: Mapping[str, Any], config: Any) -> Image:
+    from ..visualization.draw_boxes import draw_boxes
+
+    return draw_boxes(image, result, config.id2label, threshold=0)
 
 
 def thresholds(asked: float | None, saved: float | list[float] | None, num_classes: int) -> np.ndarray:
@@ -161,6 +256,41 @@ def thresholds(asked: float | None, saved: float | list[float] | None, num_class
 
     chosen = next(one for one in (asked, saved, 0.5) if one is not None)
     return np.broadcast_to(np.asarray(chosen, dtype=np.float32), (num_classes,))
+
+
+def coco_content(records: Sequence[Mapping[str, Any]], config: Any) -> dict[str, Any]:
+    """Return the boxes of pictures in the form of a COCO file.
+
+    Args:
+        records (`Sequence[Mapping]`): Of pictures, as `predictions.json` has them.
+        config (`PreTrainedConfig`): Of the model; its `category_ids`, where it has them, are the ids of the classes.
+
+    Returns:
+        `dict`: `images` with ids from 1, `categories`, and `annotations`, which have a `score` besides; boxes xywh.
+    """
+    ids = getattr(config, "category_ids", None) or sorted(config.id2label)
+    category_of = {
+        config.id2label[label]: category for label, category in zip(sorted(config.id2label), ids, strict=True)
+    }
+    content = {"images": [], "categories": [{"id": id_, "name": name} for name, id_ in category_of.items()]}
+    annotations = content["annotations"] = []
+    for image_id, record in enumerate(records, start=1):
+        size = {"width": record["width"], "height": record["height"]}
+        content["images"].append({"id": image_id, "file_name": record["file"], **size})
+        for box in record["boxes"]:
+            left, top, right, bottom = box["box"]
+            bbox = [round(value, 3) for value in (left, top, right - left, bottom - top)]
+            entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_of[box["label"]]}
+            entry |= {"bbox": bbox, "area": round(bbox[2] * bbox[3], 3), "iscrowd": 0, "score": box["score"]}
+            annotations.append(entry)
+    return content
+
+
+def _boxes(result: Mapping[str, np.ndarray], config: Any) -> list[dict[str, Any]]:
+    """Return detections with the names of their classes."""
+    columns = {name: values.tolist() for name, values in result.items()}
+    rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    return [_box(row, config.id2label) for row in rows]
 
 
 def _box(values: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
@@ -182,16 +312,18 @@ def _box(values: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     return entry
 
 
-def _drawn_paths(paths: Collection[Path], output: Path, ending: str = ".jpg") -> list[Path]:
-    """Return where each drawn picture goes: its own name, numbered where that is taken, by a picture itself too."""
-    drawn: list[Path] = []
-    originals = {path.resolve() for path in paths}
-    for path in paths:
-        target, number = output / f"{path.stem}{ending}", 1
-        while target in drawn or target.resolve() in originals:
+def _drawn_paths(files: Sequence[PictureFile], output: Path, ending: str) -> dict[PictureFile, Path]:
+    """Return where each file goes drawn: its own name, numbered where that is taken, by a file that is read too."""
+    drawn: dict[PictureFile, Path] = {}
+    taken = {file.path.resolve() for file in files}
+    for file in files:
+        suffix, number = ".mp4" if file.is_film else ending, 1
+        target = output / f"{file.stem}{suffix}"
+        while target.resolve() in taken:
             number += 1
-            target = output / f"{path.stem}_{number}{ending}"
-        drawn.append(target)
+            target = output / f"{file.stem}_{number}{suffix}"
+        taken.add(target.resolve())
+        drawn[file] = target
     return drawn
 
 
@@ -199,7 +331,13 @@ def _lines(records: Iterable[Mapping[str, Any]]) -> str:
     """Return the boxes as lines of text."""
     lines = []
     for record in records:
-        lines.append(f"{record['file']} ({record['width']}x{record['height']}): {len(record['boxes'])} objects")
+        size = f"{record['width']}x{record['height']}"
+        if "frames" in record:
+            count = sum(len(frame["boxes"]) for frame in record["frames"])
+            lines.append(f"{record['file']} ({size}): {count} boxes in {len(record['frames'])} frames")
+            lines.append(f"  drawn in {record['drawn']}")
+            continue
+        lines.append(f"{record['file']} ({size}): {len(record['boxes'])} objects")
         for entry in record["boxes"]:
             box = ", ".join(f"{value:.1f}" for value in entry["box"])
             lines.append(f"  {entry['score']:.3f}  {entry['label']}  ({box})")
