@@ -31,6 +31,7 @@ COMMANDS = {
     "predict": ("find the objects in pictures", "drmm predict runs/quickstart/best picture.jpg"),
     "convert": ("turn a public checkpoint into a model folder", "drmm convert drmm_r50.pth runs/drmm_r50"),
     "export": ("turn a model into a graph that runs elsewhere", "drmm export runs/quickstart/best --output runs/onnx"),
+    "demo": ("show in the browser what a detector sees", "drmm demo runs/quickstart/best"),
     "benchmark": ("measure speed beside that of others", "drmm benchmark loader DATA --split val"),
     "tables": (
         "print a table of the paper beside what has been measured here",
