@@ -59,7 +59,8 @@ class OnnxDetector:
 
         Args:
             images: A picture or a list of them: path, PIL image, or array of bytes `(H, W, 3)` or `(H, W)`. A list is
-                one batch, padded to its largest. What a path names is turned as its EXIF entry says.
+                one batch, padded to its largest, which moves scores a little: give pictures of unequal size one by
+                one. What a path names is turned as its EXIF entry says.
             threshold (`float`, *optional*): Keep scores above it. By default the folder's own threshold, of each class
                 where it has one for each, else 0.5.
 
@@ -69,7 +70,11 @@ class OnnxDetector:
             (n, 4) x1, y1, x2, y2 in pixels of the picture, `query_indices` (n,), and with a mixture head `box_scales`
             (n, 4), `objectness` (n,) and `class_probabilities` (n,).
         """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold}; scores lie in [0, 1].")
         one = not isinstance(images, list | tuple)
+        if not one and not images:
+            return []
         pictures = [open_picture(image) for image in ([images] if one else images)]
         inputs = preprocess(pictures, self.settings)
         inputs["target_sizes"] = np.array([(image.height, image.width) for image in pictures], dtype=np.float32)
@@ -92,15 +97,21 @@ def open_picture(image) -> Image.Image:
         image: Path, PIL image, or array of bytes `(H, W, 3)` or `(H, W)`.
 
     Raises:
-        ValueError: If an array is not of bytes.
+        ValueError: If it is something else, or not of 8 bits.
     """
     if isinstance(image, str | Path):
         with Image.open(image) as opened:
             image = ImageOps.exif_transpose(opened)
     elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise ValueError(f"image is an array of {image.dtype}; it must be of uint8, (H, W, 3) or (H, W).")
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise ValueError(
+                f"image is an array of {image.dtype} {image.shape}; it must be of uint8, (H, W, 3) or (H, W)."
+            )
         image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image is {image!r:.80}; it must be a path, a PIL image or an array.")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"image has pixels of mode {image.mode!r}; convert it to 8 bits first.")
     return image.convert("RGB")
 
 

@@ -115,3 +115,18 @@ def test_a_negative_number_of_crops_is_refused(coco_folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["audit", str(coco_folder), str(tmp_path), "--worst", "-3"])
     assert "--worst: '-3' is given; the rule is a whole number of at least 0" in capsys.readouterr().err
+
+
+def test_a_saved_calibration_is_not_used(model_folder, coco_folder, tmp_path, capsys):
+    """A map in steps would tie the ranks, and say something else than the suggestions."""
+    calibrated = tmp_path / "model"
+    shutil.copytree(model_folder, calibrated)
+    processor = DrmmImageProcessor.from_pretrained(calibrated)
+    processor.calibration = {"scores": {"method": "temperature", "temperature": 3.0}}
+    processor.save_pretrained(calibrated)
+    for folder in (model_folder, calibrated):
+        command = ["audit", str(coco_folder), str(folder), "--split", "val", "--output", str(tmp_path / folder.name)]
+        assert main(command) == 0
+    assert "the calibration that is saved with the model is not used" in capsys.readouterr().out
+    plain, other = (tmp_path / folder.name / "audit.json" for folder in (model_folder, calibrated))
+    assert plain.read_text() == other.read_text()

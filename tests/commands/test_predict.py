@@ -272,3 +272,24 @@ def test_what_is_done_stays_when_a_film_is_damaged_later(drmm_folder, tmp_path, 
     assert sorted(path.name for path in output.iterdir()) == ["a.mp4", "predictions.json"]
     (record,) = json.loads((output / "predictions.json").read_text())
     assert record["file"] == places[0]
+
+
+def test_bad_pictures_among_good_ones_are_left_out_when_asked(drmm_folder, coco_folder, tmp_path, capsys):
+    folder = tmp_path / "shots"
+    shutil.copytree(coco_folder / "val", folder)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:3000])
+    (folder / "3.png").write_bytes(b"")
+    Image.fromarray(np.full((60, 80), 3000, dtype=np.uint16)).save(folder / "4.png")
+    arguments = ["predict", str(drmm_folder), str(folder), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "3 of 5 pictures cannot be used" in said and "--invalid-data skip leaves them out" in said
+    assert all(f"{folder / name}: " in said for name in ("1.png", "3.png", "4.png"))
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--invalid-data", "skip", "--json"]) == 0
+    said = capsys.readouterr()
+    records = json.loads(said.out)
+    assert [record["file"] for record in records] == [str(folder / name) for name in ("0.png", "2.png")]
+    assert said.err.startswith("left out, 3 of 5 pictures:\n") and "pixels of mode 'I;16'" in said.err
+    assert main(["predict", str(drmm_folder), str(folder / "4.png"), "--invalid-data", "skip"]) == 2
+    assert "1 of 1 pictures cannot be used" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from drmm_hf.export.export import check_export, export_detector
 from drmm_hf.export.exported import FILES, ExportedDetector
 from drmm_hf.export.graph import DetectionGraph, trace
 from drmm_hf.export.parity import largest_differences, top_detections
-from drmm_onnx import OnnxDetector, preprocess
+from drmm_onnx import OnnxDetector, open_picture, preprocess
 
 
 KINDS = {
@@ -125,9 +125,23 @@ class TestOnnxDetector:
             assert set(mine) == set(theirs) and len(mine["scores"]) == len(theirs["scores"]) > 0
             for name, value in theirs.items():
                 np.testing.assert_allclose(mine[name], value.numpy(), rtol=1e-3, atol=1e-3)
-        assert len(one(pictures[0], threshold=2.0)["scores"]) == 0
-        with pytest.raises(ValueError, match="array of float64; it must be of uint8"):
-            one(np.zeros((64, 96, 3)))
+        assert len(one(pictures[0], threshold=1.0)["scores"]) == 0 and one([]) == []
+        with pytest.raises(ValueError, match="threshold is 2.0; scores lie in"):
+            one(pictures[0], threshold=2.0)
+
+    @pytest.mark.parametrize(
+        ("image", "message"),
+        [
+            (np.zeros((64, 96, 3)), "array of float64 .*; it must be of uint8"),
+            (np.zeros((3, 64, 96), dtype=np.uint8), "array of uint8 .*; it must be of uint8, .H, W, 3"),
+            (Image.fromarray(np.full((60, 80), 3000, dtype=np.uint16)), "mode 'I;16'; convert it to 8 bits"),
+            (Image.new("F", (8, 8)), "mode 'F'"),
+            (None, "image is None; it must be a path"),
+        ],
+    )
+    def test_what_it_cannot_read_is_named(self, image, message):
+        with pytest.raises(ValueError, match=message):
+            open_picture(image)
 
     def test_the_folder_runs_without_torch_and_this_package(self, exported, tmp_path):
         _, _, folder, _ = exported

@@ -1,6 +1,6 @@
 import pytest
 
-from drmm_hf import DrmmConfig
+from drmm_hf import DrmmConfig, DrmmImageProcessor
 from drmm_hf.data.coco import save_coco
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.training.build import load_split
@@ -61,8 +61,26 @@ def test_what_is_chosen_is_said_and_what_is_given_wins(shapes):
     recipe, notes = choose_recipe(str(shapes), {})
     assert recipe.training.backbone_weights == "timm/tf_efficientnet_lite0.in1k"
     assert any("from the Hub" in note for note in notes)
-    recipe, _ = choose_recipe(str(shapes), {"init_from": "somewhere"})
+
+
+def test_a_model_that_goes_on_keeps_architecture_and_input_size(shapes, tmp_path):
+    """A detector that was trained at another size than the pictures' own starts far below what it can."""
+    DrmmConfig().save_pretrained(tmp_path)
+    DrmmImageProcessor(size={"shortest_edge": 224, "longest_edge": 320}).save_pretrained(tmp_path)
+    recipe, notes = choose_recipe(str(shapes), {"init_from": str(tmp_path)})
     assert (recipe.model, recipe.training.backbone_weights) == ({}, None)
+    assert (recipe.data.shortest_edge, recipe.data.longest_edge) == (224, 320) and 224 in recipe.data.short_edges
+    assert "shortest_edge: 224, that of init_from (longest_edge 320)" in notes
+    assert not any(note.startswith(("detector", "num_queries")) for note in notes)
+    recipe, notes = choose_recipe(str(shapes), {"init_from": str(tmp_path), "shortest_edge": "96"})
+    assert (recipe.data.shortest_edge, recipe.data.longest_edge) == (96, 160)
+    assert "shortest_edge: 96, as given" in notes
+    DrmmConfig().save_pretrained(tmp_path / "fixed")
+    DrmmImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "fixed")
+    recipe, notes = choose_recipe(str(shapes), {"init_from": str(tmp_path / "fixed")})
+    assert any("near the pictures' own 64" in note for note in notes)
+    with pytest.raises(FileNotFoundError, match="init_from '.*nothing' does not exist"):
+        choose_recipe(str(shapes), {"init_from": str(tmp_path / "nothing")})
 
 
 def test_pictures_are_held_out_where_there_is_no_validation_split(tmp_path):

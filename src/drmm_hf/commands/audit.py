@@ -72,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
 
     model, processor = load_detector(source, args.device)
     check_density(model.config)
+    if getattr(processor, "calibration", None):
+        # A map in steps makes many scores equal, and suggestions come from the density, which it does not change.
+        processor.calibration = None
+        print("the calibration that is saved with the model is not used: its confidences are ranked as they are")
     mapping = category_of_label(model.config, annotations["categories"])
     label_map = LabelMap.from_categories(annotations["categories"])
     evidence = gather_evidence(model, processor, dataset, annotations, batch_size=args.batch_size)

@@ -185,13 +185,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _inference(args: argparse.Namespace) -> dict[str, Any]:
     from ..benchmarks.inference import benchmark_inference
+    from ..conversion.model_source import find_source
     from ..modeling.configuration_drmm import DrmmConfig
     from ..training.arguments import load_recipe
 
     configs = {}
     for model in args.model or ():
-        is_recipe = model.endswith((".yaml", ".yml"))
-        configs[model] = DrmmConfig(**load_recipe(model).model) if is_recipe else DrmmConfig.from_pretrained(model)
+        if model.endswith((".yaml", ".yml")):
+            configs[model] = DrmmConfig(**load_recipe(model).model)
+            continue
+        kind = DrmmConfig.get_config_dict(find_source(model))[0].get("model_type")
+        if kind != "drmm":
+            raise ValueError(
+                f"model {model!r} is a {kind!r}; the rule is a D-RMM or a recipe. Others run with --peers."
+            )
+        configs[model] = DrmmConfig.from_pretrained(find_source(model))
     configs = configs or {
         "D-RMM R50, Sparse R-CNN": DrmmConfig(),
         "D-RMM R50, AdaMixer": DrmmConfig(decoder_type="adamixer", proposal_grid=None),

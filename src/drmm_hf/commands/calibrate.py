@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .counts import at_least
 
 
 _FEW_OBJECTS = 100  # fewer say little about others
+_FEW_OF_A_CLASS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +111,15 @@ def run(args: argparse.Namespace) -> int:
             "those of other pictures",
             file=sys.stderr,
         )
+    if args.threshold == "class":
+        counts = Counter(record["category_id"] for record in annotations["annotations"] if not record.get("iscrowd"))
+        rare = [f"{name} ({counts[id_]})" for id_, name in names.items() if counts[id_] < _FEW_OF_A_CLASS]
+        if rare:
+            print(
+                f"drmm calibrate: warning: thresholds of classes with fewer than {_FEW_OF_A_CLASS} objects say "
+                f"little: {', '.join(rare)}",
+                file=sys.stderr,
+            )
     if args.scores == "auto":
         print(f"{choice(errors, method)}\n")
     print(summary(fields, config.id2label, len(dataset)))

@@ -240,11 +240,11 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
     about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
     about |= {"top_k": args.top_k, "dtype": args.dtype}
-    if calibrators is not None:
-        check_calibrators(calibrators, annotations)
 
     calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:
+        if calibrators is not None:
+            check_calibrators(calibrators, annotations)
         detections, mapping = load_results(args.detections, annotations)
         found = [detections[image_id] for image_id in detections]
         if args.coverage and any(len(one["scores"]) and "box_scales" not in one for one in found):
@@ -266,6 +266,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
             raise ValueError(
                 "the model's processor calibrates already; --calibrators are for predictions as they are."
             )
+        if calibrators is not None:
+            check_calibrators(calibrators, annotations)
         if hasattr(model.config, "coordinate_distribution"):
             freedom = tail_freedom(model.config.coordinate_distribution, model.config.student_t_freedom)
         if args.assignments:

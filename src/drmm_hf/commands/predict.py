@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -73,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coco", metavar="FILE", help="also write the boxes as a COCO file, which tools for annotation read"
     )
+    parser.add_argument(
+        "--invalid-data",
+        choices=["error", "skip"],
+        default="error",
+        help="stop at pictures that cannot be read, or name them and leave them out (default: error)",
+    )
     parser.add_argument("--json", action="store_true", help="print the boxes as json, and nothing else")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they were saved)"
@@ -102,12 +109,45 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--density is of one pass over the whole picture; leave out --tile.")
     name = find_source(args.model)
     with TemporaryDirectory() as aside:
-        files = find_pictures(args.images, aside)
+        files = readable(find_pictures(args.images, aside), skip=args.invalid_data == "skip")
         if args.density and any(file.is_film for file in files):
             raise ValueError("--density draws pictures; leave out films.")
         if args.coco and any(file.is_film for file in files):
             raise ValueError("--coco has pictures; leave out films.")
         return _predict(args, name, files)
+
+
+def readable(files: Sequence[PictureFile], skip: bool) -> list[PictureFile]:
+    """Look at pictures before the work: what cannot be read, or is not of 8 bits, is named.
+
+    Args:
+        files (`Sequence[PictureFile]`): Pictures and films; films are looked at when they are opened.
+        skip (`bool`): Whether such pictures are left out; otherwise they are an error.
+
+    Returns:
+        `list[PictureFile]`: Those that can be read.
+
+    Raises:
+        ValueError: If a picture cannot be read and is not to be left out, or none can.
+    """
+    from ..data.pictures import inspect_pictures
+
+    pictures = [file for file in files if not file.is_film]
+    rows = ({"image": {"bytes": None, "path": str(file.path)}, "width": 0, "height": 0} for file in pictures)
+    bad = {
+        file: f"{file.name}: {look.problem[1]}"
+        for file, look in zip(pictures, inspect_pictures(rows, decode=False), strict=True)
+        if look.problem is not None and look.problem[0] != "wrong_size"
+    }
+    kept = [file for file in files if file not in bad]
+    if not bad:
+        return kept
+    lines = [*list(bad.values())[:5], *([f"and {len(bad) - 5} more"] if len(bad) > 5 else [])]
+    if not skip or not kept:
+        hint = "" if skip or not kept else "; --invalid-data skip leaves them out"
+        raise ValueError(f"{len(bad)} of {len(files)} pictures cannot be used: {'; '.join(lines)}{hint}")
+    print(f"left out, {len(bad)} of {len(files)} pictures:", *lines, sep="\n  ", file=sys.stderr)
+    return kept
 
 
 def _predict(args: argparse.Namespace, name: str, files: Sequence[PictureFile]) -> int:
@@ -152,35 +192,34 @@ def _pictures(
     places: Mapping[PictureFile, Path],
 ) -> Iterator[tuple[PictureFile, dict[str, Any]]]:
     """Predict pictures, draw them, and yield what is said of each."""
-    import datasets
     from tqdm import tqdm
 
+    from ..data.loading import load_image
     from ..modeling.mixture import tail_freedom
     from ..visualization.density_picture import density_picture, mixture_of_result
 
     if not files:
         return
-    paths = [str(file.path) for file in files]
-    dataset = datasets.Dataset.from_dict({"image_id": range(len(paths)), "file_name": paths, "image": paths})
-    dataset = dataset.cast_column("image", datasets.Image())
+    rows = [
+        {"image_id": index, "file_name": file.name, "image": {"bytes": None, "path": str(file.path)}}
+        for index, file in enumerate(files)
+    ]
     config, top_k = model.config, TOP_K
     if args.density:
         top_k = config.num_queries * config.num_labels  # all pairs: they are the whole mixture
-    everything = _detect(args, model, processor, dataset, top_k)
+    everything = _detect(args, model, processor, rows, top_k)
     detections = everything.top_k(TOP_K) if args.density else everything
     density_places = _drawn_paths(files, Path(args.output), "_density.png") if args.density else {}
-    rows = tqdm(
-        zip(files, dataset, strict=True), "drawing", len(files), unit="image", delay=2, disable=None, leave=False
-    )
-    for file, row in rows:
+    for row in tqdm(rows, "drawing", unit="image", delay=2, disable=None, leave=False):
+        file, image = files[row["image_id"]], load_image(row)
         result = _shown(args, detections[row["image_id"]], model, processor)
-        _draw(row["image"], result, config).save(places[file], quality=92)
-        size = {"width": row["image"].width, "height": row["image"].height}
+        _draw(image, result, config).save(places[file], quality=92)
+        size = {"width": image.width, "height": image.height}
         record = {"file": file.name, "drawn": str(places[file]), **size, "boxes": _boxes(result, config)}
         if args.density:
             freedom = tail_freedom(config.coordinate_distribution, config.student_t_freedom)
             mixture = mixture_of_result(everything[row["image_id"]])
-            density_picture(row["image"], mixture, density_places[file], freedom)
+            density_picture(image, mixture, density_places[file], freedom)
             record["density"] = str(density_places[file])
         yield file, record
 

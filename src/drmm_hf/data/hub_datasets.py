@@ -46,6 +46,7 @@ def hub_splits(
         ValueError: If the box format is unknown.
     """
     _check_format(bbox_format)
+    _check_place(source)
     splits = datasets.load_dataset(source) if alone is None else {alone: _fetch(source, alone)}
     given = None if given is None else [dict(record) for record in given]
     return {split: partial(_read, splits, split, source, given, bbox_format) for split in splits}
@@ -76,6 +77,7 @@ def hub_stream(
         ValueError: If the categories are not known beforehand, or the box format is not proven.
     """
     _check_format(bbox_format)
+    _check_place(source)
     stream = datasets.load_dataset(source, split=split, streaming=True)
     if stream.features is None:
         stream = stream._resolve_features()
@@ -153,6 +155,13 @@ _TO_XYWH = {
 def _check_format(bbox_format: str | None) -> None:
     if bbox_format is not None and bbox_format not in _TO_XYWH:
         raise ValueError(f"bbox_format is {bbox_format!r}, must be one of {list(_TO_XYWH)}")
+
+
+def _check_place(source: str) -> None:
+    """Refuse the path of a folder that does not exist before the Hub is asked for it, which may take half a minute."""
+    path = Path(source)
+    if not path.exists() and (source.startswith(("/", ".", "~")) or (path.parent != Path() and path.parent.is_dir())):
+        raise FileNotFoundError(f"data {source!r} does not exist; the rule is a folder, or an id on the Hub.")
 
 
 def _fetch(source: str, split: str) -> Dataset:

@@ -325,9 +325,11 @@ def same_pictures(fitted: Mapping[str, Any], annotations: Mapping[str, Any]) -> 
 
 
 def _fingerprint(annotations: Mapping[str, Any]) -> str:
-    """Return a digest of the names of all pictures."""
-    names = sorted(str(record.get("file_name", record["id"])) for record in annotations["images"])
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    """Return a digest of names and annotations of all pictures: other splits may hold a 000001.png too."""
+    names = {record["id"]: str(record.get("file_name", record["id"])) for record in annotations["images"]}
+    boxes = ((names.get(one["image_id"]), *map(float, one["bbox"])) for one in annotations["annotations"])
+    lines = [*names.values(), *map(repr, boxes)]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _check(correct: np.ndarray) -> None:

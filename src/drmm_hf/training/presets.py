@@ -11,7 +11,9 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from ..conversion.model_source import find_source
 from ..data.coco import find_splits
+from ..modeling.image_processing_drmm import DrmmImageProcessor
 from .arguments import DataArguments, Recipe, make_recipe, parse_value
 from .build import load_split
 
@@ -49,12 +51,15 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
     own["longest_edge"] = sys.maxsize  # until it follows the shorter one
     loaded = make_recipe({"data": {**data, **own}, "training": {"epochs": 1}}, {}).data
     facts = describe(load_split(loaded, "train")[0])
-    edge = loaded.shortest_edge if "shortest_edge" in overrides else None
+    trained = trained_size(overrides["init_from"]) if "init_from" in overrides else None
+    edge = loaded.shortest_edge if "shortest_edge" in overrides else trained and trained[0]
     notes.insert(0, "no recipe is given; chosen from the data ({num_images} training pictures, {width} x {height} "
                  "pixels in the middle, {most} objects in the fullest):".format(**facts))  # fmt: skip
     sections = few(facts, edge) if facts["num_images"] <= FEW else many(facts, edge)
     notes += sections.pop("notes")
     sections["data"] |= data
+    if trained and edge == trained[0]:
+        sections["data"]["longest_edge"] = trained[1]
     if loaded.overfit is not None:
         sections["data"] |= {"augmentation": "none", "colour_distortion": 0.0}
         notes = [note for note in notes if not note.startswith("augmentation")]
@@ -64,7 +69,15 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
     if "init_from" in overrides:
         sections["model"] = {}
         sections["training"].pop("backbone_weights")
+        dropped = ("detector:", "num_queries:", *(["shortest_edge:"] if trained else []))
+        notes = [note for note in notes if not note.startswith(dropped)]
         notes.append("architecture: that of init_from")
+        if trained:
+            notes.append(f"shortest_edge: {edge}, that of init_from (longest_edge {sections['data']['longest_edge']})")
+        rate = sections["training"]["learning_rate"]
+        notes.append(
+            f"learning_rate: {rate:g}, as from scratch; a fifth of it if init_from knows such pictures already"
+        )
     elif "backbone_weights" not in overrides:
         weights = sections["training"]["backbone_weights"]
         notes.append(f"backbone_weights: {weights} from the Hub; a file will do, or none for random weights")
@@ -76,6 +89,26 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
     names = [note.partition(":")[0] for note in notes]
     given = {name: f"{name}: {overrides[name]}, as given" for name in names if name in overrides}
     return make_recipe(sections, overrides), [given.get(*pair) for pair in zip(names, notes, strict=True)]
+
+
+def trained_size(source: str) -> tuple[int, int] | None:
+    """Return the input size of a model, since a detector is at its best near the size that it was trained with.
+
+    Args:
+        source (`str`): Folder or Hub id of the model.
+
+    Returns:
+        `tuple[int, int]`: Shortest and longest edge, pixels; None if it resizes in another way.
+
+    Raises:
+        ValueError: If it has no image processor.
+    """
+    source = find_source(source, "init_from")
+    try:
+        size = DrmmImageProcessor.from_pretrained(source).size
+    except OSError as error:
+        raise ValueError(f"init_from is {source!r}, which has no image processor: {error}") from error
+    return (size.shortest_edge, size.longest_edge) if size.shortest_edge and size.longest_edge else None
 
 
 def choose_splits(source: str, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
