@@ -35,10 +35,9 @@ docs: .venv/docs  ## the site in build/site with all notebooks executed; a warni
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m sphinx -W --keep-going --quiet docs build/site
 
 notebooks: .venv/docs  ## execute copies of the notebooks in build/notebooks: 3 minutes on one core
-	rm -rf build/notebooks
-	mkdir -p build
-	cp -r docs/notebooks build/notebooks
+	mkdir -p build/notebooks
+	cp -r docs/notebooks/*.ipynb docs/notebooks/shapes_detector build/notebooks
 	cd build/notebooks && PATH="$(CURDIR)/$(BIN):$$PATH" jupyter execute --inplace *.ipynb
 
 clean:
-	rm -rf .venv runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs docs/notebooks/runs build dist .pytest_cache .ruff_cache .hypothesis
