@@ -1,5 +1,7 @@
 """The site: `make docs` builds it from these pages, the docstrings and the notebooks, which it executes."""
 
+from nbclient import NotebookClient
+
 from drmm_hf import __version__
 
 
@@ -26,8 +28,8 @@ autodoc_typehints = "none"
 nb_execution_mode = "cache"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
-nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars
+NotebookClient.coalesce_streams = True  # what a command prints comes in pieces; myst-nb has no setting for it
 
 
 def setup(app):
