@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests scripts
 
-.PHONY: install quickstart test quality style clean
+.PHONY: install quickstart test quality style docs notebooks clean
 
 install: .venv/installed
 
@@ -27,5 +27,17 @@ style: install  ## mend style and lint
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+docs: .venv/docs  ## the site in build/site with all notebooks executed; a warning is an error
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m sphinx -W --keep-going --quiet docs build/site
+
+notebooks: .venv/docs  ## execute copies of the notebooks in build/notebooks: 3 minutes on one core
+	mkdir -p build/notebooks
+	cp -r docs/notebooks/*.ipynb docs/notebooks/shapes_detector build/notebooks
+	cd build/notebooks && PATH="$(CURDIR)/$(BIN):$$PATH" jupyter execute --inplace *.ipynb
+
 clean:
-	rm -rf .venv runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs docs/notebooks/runs build dist .pytest_cache .ruff_cache .hypothesis

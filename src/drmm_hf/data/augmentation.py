@@ -43,13 +43,11 @@ def build_augmentation(
 ) -> Augmentation:
     """Build the augmentation of a training set.
 
-    | preset | what it does |
-    |---|---|
-    | `none` | nothing (but boxes are clipped to the picture, as in all others) |
-    | `flip` | flips |
-    | `flip_multiscale` | flips; resize to a random shorter side |
-    | `paper` | flips; half of the time resize and crop a random part; resize to a random shorter side |
-    | `small_data` | colour distortion; half of the time zoom out; a crop that keeps a box; flips; resize as above |
+    - `none`: nothing (but boxes are clipped to the picture, as in all others).
+    - `flip`: flips.
+    - `flip_multiscale`: flips; resize to a random shorter side.
+    - `paper`: flips; half of the time resize and crop a random part; resize to a random shorter side.
+    - `small_data`: colour distortion; half of the time zoom out; a crop that keeps a box; flips; resize as above.
 
     A picture is resized and cropped in proportion to the size of the model input: the paper's figures are for 800
     pixels, and `paper` with `short_edges` around 240 wants `crop_short_edges` and `crop_sizes` of that order too.

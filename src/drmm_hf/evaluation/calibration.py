@@ -88,7 +88,7 @@ def expected_calibration_error(
 ) -> CalibrationResult:
     """Compare confidence with accuracy in bins.
 
-    ECE = sum over bins of (share of the predictions in the bin) * |accuracy - mean confidence|. Bins are (lo, hi]; a
+    ECE = sum over bins of (share of the predictions in the bin) * `|accuracy - mean confidence|`. Bins are (lo, hi]; a
     score of exactly 0 belongs to the first.
 
     Args:

@@ -105,7 +105,7 @@ class DrmmConfig(PreTrainedConfig):
             With `box_delta_unit="box"`: mu = box + delta * factor * side.
         box_scale_factor (`float`, *optional*, defaults to 0.1):
             With `box_delta_unit="box"`: gamma = softplus(raw) * factor * side.
-        max_log_size_delta (`float`, *optional*, defaults to |ln(16 / 1000)|):
+        max_log_size_delta (`float`, *optional*, defaults to `|ln(16 / 1000)|`):
             Bound of the change of log width and log height that Sparse R-CNN's box head makes in a stage.
         top_k_ratio (`float` or `None`, *optional*):
             Share of the queries kept after every stage, by objectness (Appendix C.2). `None` keeps all.

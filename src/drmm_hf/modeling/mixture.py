@@ -212,7 +212,7 @@ def central_quantile(level: float, freedom: float = 1.0) -> float:
         freedom (`float`): degrees of freedom, see `tail_freedom`.
 
     Returns:
-        `float`: t with P(|T| < t) = level. tan(pi level / 2) for Cauchy, whose 90 % interval is 6.3 scales wide to
+        `float`: t with `P(|T| < t) = level`. tan(pi level / 2) for Cauchy, whose 90 % interval is 6.3 scales wide to
             each side; Gaussian's is 1.6.
 
     Raises:

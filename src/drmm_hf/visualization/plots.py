@@ -42,7 +42,7 @@ def reliability_diagram(result: Any, path: str | Path, title: str = "Reliability
 def reliability_diagrams(
     results: Mapping[str, Any], path: str | Path, xlabels: Sequence[str] | None = None, notes: Sequence[str] = ()
 ) -> Path:
-    """Draw several `reliability_diagram`s side by side, on the same axes.
+    """Draw several reliability diagrams side by side, on the same axes.
 
     Args:
         results (`Mapping[str, CalibrationResult]`): By the line above each diagram.
