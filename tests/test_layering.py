@@ -30,7 +30,7 @@ ALLOWED = {
     "evaluation": {"data"},
     "conversion": {"modeling"},
     "export": {"modeling", "data", "evaluation", "conversion"},
-    "hub": {"modeling"},
+    "hub": {"modeling", "evaluation", "conversion", "training"},
     "data": set(),
     "visualization": set(),
     "modeling": set(),

@@ -1,0 +1,207 @@
+"""The folder that is published: a model with its code, its card, and the files that the card is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult
+
+from ..conversion.model_card import model_card
+from ..evaluation.files import read_json, run_lock, write_json, write_text
+from ..evaluation.predict import load_detector
+from ..modeling.remote_code import requirements
+from ..training.checkpoint import finish_folder, start_folder
+from .bundle import save_bundle
+from .card import Subject, card_data, is_untouched, write_card
+from .check import check_folder
+from .places import names_only
+from .results import find_evaluations, find_training, weight_files
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Hold a folder that is ready for upload.
+
+    Attributes:
+        folder (`Path`): It holds what is uploaded and nothing else.
+        checks (`list[str]`): What was checked.
+        notes (`list[str]`): What the user should know: figures that are missing or were left out, a card that is kept.
+    """
+
+    folder: Path
+    checks: list[str]
+    notes: list[str]
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Return the size of each file in bytes."""
+        found = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
+
+
+def prepare(
+    model: str | Path,
+    repo_id: str,
+    output: str | Path,
+    results: Iterable[str | Path] = (),
+    license: str | None = None,
+) -> Publication:
+    """Assemble the folder of a model and check it, without the Hub.
+
+    Args:
+        model (`str` or `Path`): Folder of a D-RMM detector.
+        repo_id (`str`): Its name on the Hub, for the card.
+        output (`str` or `Path`): Folder to write. An earlier one of the same kind is replaced, but an edited
+            `README.md` in it is kept.
+        results (`Iterable[str | Path]`): Folders of evaluations; by default those beside the model.
+        license (`str`, *optional*): Of the weights, as the Hub writes it.
+
+    Returns:
+        `Publication`: The folder.
+
+    Raises:
+        ValueError: If model, results or card cannot be published; the message says why. `output` is as it was.
+        FileExistsError: If `output` holds something else than a publication.
+    """
+    model, output = Path(model), Path(os.path.realpath(output))
+    if not weight_files(model):
+        raise ValueError(
+            f"model {str(model)!r} has no weights to publish: the rule is model.safetensors, as `drmm train` and "
+            "`drmm convert` write it."
+        )
+    if output in (model.resolve(), *model.resolve().parents):
+        raise ValueError(f"output {str(output)!r} holds the model; name another folder.")
+    _check_replaceable(output)
+    detector, processor = load_detector(str(model), "cpu")
+    config = detector.config
+    if config.model_type != "drmm":
+        raise ValueError(f"model {str(model)!r} is a {config.model_type!r}; only D-RMM detectors are published.")
+    evaluations, left_out = find_evaluations(model, config, processor.calibration, results)
+    conversion = read_json(model / "conversion.json") if (model / "conversion.json").is_file() else None
+    subject = Subject(
+        repo_id,
+        config,
+        processor,
+        sum(parameter.numel() for parameter in detector.parameters()),
+        requirements(config.to_dict()),
+        evaluations,
+        find_training(model),
+        conversion,
+        license,
+    )
+    notes = [f"{place} is left out: {reason}" for place, reason in left_out.items()]
+    notes += _missing(subject)
+    with run_lock(None, output.with_name(f"{output.name}.lock")):
+        folder = start_folder(output)
+        try:
+            save_bundle(detector, processor, folder)
+            _write_records(subject, folder)
+            kept = _edited_card(model, output, subject)
+            write_text(folder / "README.md", write_card(subject) if kept is None else kept.read_text(encoding="utf-8"))
+            expected: list[EvalResult] = card_data(subject).get("eval_results", [])
+            checks, more = check_folder(folder, expected, _private_places(model))
+            if kept is not None:
+                notes.append(f"{kept} was edited and is the card; delete it to have a new one written")
+            finish_folder(output)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return Publication(output, checks, notes + more)
+
+
+def _write_records(subject: Subject, folder: Path) -> None:
+    """Write the files that the card is made of, with names instead of places."""
+    for name in ("config.json", "preprocessor_config.json"):
+        settings = names_only(read_json(folder / name))
+        write_text(folder / name, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    if subject.conversion is not None:
+        write_json(names_only(subject.conversion), folder / "conversion.json")
+    if subject.training is not None:
+        (folder / "training").mkdir()
+        recipe = yaml.safe_dump(subject.training.recipe, sort_keys=False)
+        write_text(folder / "training" / "recipe.yaml", recipe)
+        for name, content in (("manifest", subject.training.manifest), ("summary", subject.training.summary)):
+            if content:
+                write_json(content, folder / "training" / f"{name}.json")
+    for evaluation in subject.evaluations:
+        place = folder / evaluation.place
+        place.mkdir(parents=True)
+        about = {"evaluation": evaluation.about} if evaluation.about else {}
+        for name, content in (about | evaluation.reports).items():
+            write_json(names_only(content), place / f"{name}.json")
+        for name in evaluation.pictures:
+            shutil.copyfile(evaluation.folder / name, place / name)
+
+
+def _edited_card(model: Path, output: Path, subject: Subject) -> Path | None:
+    """Find the card that somebody has written or edited; None if there is none."""
+    cards = {
+        path: path.read_text(encoding="utf-8")
+        for path in (output / "README.md", model / "README.md")
+        if path.is_file()
+    }
+    about = subject.conversion
+    converted = model_card(subject.config, about["source"], about["family"], about["sha256"]) if about else None
+    edited = {path: text for path, text in cards.items() if not is_untouched(text) and text != converted}
+    if len({*edited.values()}) > 1:
+        raise ValueError(
+            f"both {' and '.join(map(str, edited))} were edited; delete the one that is not to be the card"
+        )
+    return next(iter(edited), None)
+
+
+def _missing(subject: Subject) -> list[str]:
+    notes = []
+    if not subject.evaluations:
+        notes.append(
+            "no result file was found, so the card has no figure: drmm evaluate MODEL DATA --split test --output OUT"
+        )
+    elif all(evaluation.chose for evaluation in subject.evaluations):
+        notes.append("the only figures are of the split that chose the checkpoint: drmm evaluate on another")
+    for evaluation in subject.evaluations:
+        if "reliability.png" not in evaluation.pictures:
+            notes.append(
+                f"{evaluation.folder} has no reliability.png: drmm evaluate draws it where matplotlib is installed"
+            )
+    if subject.license is None:
+        notes.append("the card states no licence: --license")
+    return notes
+
+
+def _check_replaceable(output: Path) -> None:
+    """Refuse a folder that holds something else than a publication."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    strangers = [] if output.is_dir() else [output]
+    for path in output.rglob("*"):
+        name = path.relative_to(output).as_posix()
+        if path.is_file() and not _is_ours(name):
+            strangers.append(path)
+    if strangers or not (output / "modeling_drmm.py").is_file():
+        named = f", such as {strangers[0]}" if strangers else ""
+        raise FileExistsError(
+            f"output {str(output)!r} holds something else than a folder of drmm push{named}; name another"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    suffixes = {
+        "": (".py", "model.safetensors", "config.json", "requirements.txt", "README.md", "conversion.json"),
+        "training": ("recipe.yaml", "manifest.json", "summary.json"),
+    }
+    if folder == "":
+        return file.endswith(suffixes[""]) or file.startswith("model")
+    return file in suffixes["training"] if folder == "training" else folder.startswith("results/")
+
+
+def _private_places(model: Path) -> list[str]:
+    """Return places of this machine that no published file may name."""
+    places = {str(Path.home()), os.getcwd(), str(model.resolve().parent)}
+    return sorted(place for place in places if len(Path(place).parts) > 1)
