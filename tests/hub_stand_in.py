@@ -55,10 +55,10 @@ class HubStandIn:
                 names = {name: unquote(value) for name, value in found.groupdict().items()}
                 if token not in (None, WRITER, READER):
                     return handler.answer(401, {"error": "Invalid username or password."})
-                if method in ("POST", "PUT") and "yaml" not in place and "storage" not in place:
-                    if token != WRITER or not (names.get("repo") or f"{OWNER}/").startswith(f"{OWNER}/"):
-                        if "create_pr" not in query:
-                            return handler.answer(403, {"error": "You don't have the rights to write here."})
+                writes = method == "POST" and not place.endswith(("yaml", "batch")) and "create_pr" not in query
+                mine = (names.get("repo") or f"{OWNER}/").startswith(f"{OWNER}/")
+                if writes and not (token == WRITER and mine):
+                    return handler.answer(403, {"error": "You don't have the rights to write here."})
                 return action(self, handler, body, query, **names)
         return handler.answer(404, {"error": f"the stand-in knows no {method} {path}"})
 

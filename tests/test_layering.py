@@ -30,7 +30,7 @@ ALLOWED = {
     "evaluation": {"data"},
     "conversion": {"modeling"},
     "export": {"modeling", "data", "evaluation", "conversion"},
-    "hub": {"modeling", "evaluation", "conversion", "training"},
+    "hub": {"modeling", "evaluation", "conversion", "training", "visualization"},
     "data": set(),
     "visualization": set(),
     "modeling": set(),

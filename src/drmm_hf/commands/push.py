@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
-    from ..hub.publication import Publication, prepare
-    from ..hub.upload import check_access, check_name, upload
+    from ..evaluation.files import run_lock
+    from ..hub.upload import check_access, check_name
 
     check_name(args.repo_id)
     model = find_source(args.model)
@@ -58,14 +58,32 @@ def run(args: argparse.Namespace) -> int:
         check_access()
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path("runs/push") / args.repo_id if args.output is None else Path(args.output)
-    publication: Publication = prepare(model, args.repo_id, output, args.results, args.license)
+    with run_lock(None, output.with_name(f"{output.name}.lock")):
+        return push(args, model, output)
+
+
+def push(args: argparse.Namespace, model: str, output: Path) -> int:
+    """Do what `run` says, in a folder that no other run uses.
+
+    Args:
+        args (`argparse.Namespace`): The parsed arguments.
+        model (`str`): Folder of the model.
+        output (`Path`): Folder to assemble.
+
+    Returns:
+        `int`: 0.
+    """
+    from ..hub.publication import prepare
+    from ..hub.upload import upload
+
+    publication = prepare(model, args.repo_id, output, args.results, args.license)
     print(table(publication.files), flush=True)
     print("\n" + "\n".join(f"checked  {line}" for line in publication.checks))
     if publication.notes:
         print("\n" + "\n".join(f"note  {line}" for line in publication.notes))
     if args.dry_run:
         print(
-            f"\nnothing was uploaded; {publication.folder} is what would be. Read README.md in it, and edit it as you like"
+            f"\nnothing was uploaded; {publication.folder} is what would be. Read its README.md; an edited one is kept"
         )
         return 0
     options = {"private": args.private, "create_pr": args.create_pr, "revision": args.revision}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import is_matplotlib_available
 
 from ..conversion.architecture import backbone_name
 from ..conversion.model_card import METHODS, expected_result
@@ -220,7 +221,7 @@ def _results(subject: Subject) -> list[str]:
 
 
 def _details(one: Evaluation) -> list[str]:
-    metrics, reports, place = one.metrics, one.reports, one.place
+    metrics, reports, place, title = one.metrics, one.reports, one.place, f"{_cell(one.data)}, {_cell(one.split)}"
     counts = f"{metrics['num_images']} pictures, {metrics['num_ground_truths']} objects"
     files = ", ".join(f"[{name}.json]({place}/{name}.json)" for name in reports)
     per_class = [f"| {_cell(name)} | {_per_cent(value)} |" for name, value in metrics["AP_per_class"].items()]
@@ -241,17 +242,20 @@ def _details(one: Evaluation) -> list[str]:
     row = next((row for row, level in enumerate(levels) if math.isclose(level, 0.9)), None)
     if row is not None:
         held = reports["coverage"]["predicted"]["all"][row]
-        facts.append(f"intervals of 90 % about a side hold {_per_cent(held)} % of the annotated sides")
+        facts.append(f"intervals of 90 % hold {_per_cent(held)} % of the annotated sides of correct predictions")
     else:
         missing.append("coverage of intervals (`--coverage`)")
     if facts:
         sections.append("\n".join(f"- {fact}" for fact in facts))
-    captions = {"reliability.png": "Reliability diagram", "detections.jpg": "Annotations beside what is found"}
-    sections += [
-        f"![{captions[name]}: {_cell(one.data)}, {_cell(one.split)}]({place}/{name})" for name in one.pictures
-    ]
-    missing += [f"{captions[name].lower()} ({name})" for name in captions if name not in one.pictures]
-    return sections + ([f"No file was found of: {'; '.join(missing)}."] if missing else [])
+    if is_matplotlib_available():
+        sections.append(f"![Reliability diagram: {title}]({place}/reliability.png)")
+    else:
+        missing.append("reliability diagram")
+    if one.has_picture:
+        sections.append(f"![Annotations beside what is found: {title}]({place}/detections.jpg)")
+    else:
+        missing.append("picture of detections")
+    return sections + ([f"No file was found of: {', '.join(missing)}."] if missing else [])
 
 
 def _use(subject: Subject) -> str:
@@ -308,8 +312,8 @@ def _origin(subject: Subject) -> list[str]:
     return [
         "## Origin",
         f"Converted by `drmm convert` from `{about['source']}` (sha256 `{about['sha256']}`), a checkpoint of the "
-        f"{about['family']} family. What became of every tensor is in [conversion.json](conversion.json). The weights, "
-        "and their licence, are their authors'.",
+        f"{about['family']} family. What became of every tensor is in [conversion.json](conversion.json). The "
+        "weights, and their licence, are their authors'.",
         *([] if subject.evaluations else [expected_result(subject.config, subject.repo_id)]),
     ]
 
@@ -385,15 +389,15 @@ def _limits(subject: Subject) -> list[str]:
     if all(one.chose for one in subject.evaluations) and subject.evaluations:
         limits.append("There is no figure of pictures that had no part in choosing the checkpoint.")
     limits.append(
-        "Errors of its training data are its own. Nothing here examines it for bias, or on pictures made to fool it; it "
-        "is not made for decisions about people or their health."
+        "Errors of its training data are its own. Nothing here examines it for bias, or on pictures made to fool it. "
+        "It is not made for decisions about people or their health."
     )
     return limits
 
 
 def _licence(subject: Subject) -> str:
     weights = (
-        f"The weights are under `{subject.license}`, as who published them says."
+        f"The weights are under `{subject.license}`, as stated by those who published them."
         if subject.license
         else "No licence of the weights was stated."
     )

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_imports
 
+from ..modeling import image_processing_drmm, modeling_drmm
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
@@ -130,18 +131,16 @@ def _check_remote_code(folder: Path, config: DrmmConfig) -> float:
     """Run the folder's own code beside this package's; return how far their outputs are from one another."""
     picture = torch.randint(0, 256, (3, 120, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with _modules_of(folder) as bundle:
-        remote = _outputs(
-            bundle("modeling_drmm").DrmmForObjectDetection, bundle("image_processing_drmm"), folder, picture
-        )
-    here = _outputs(DrmmForObjectDetection, sys.modules[DrmmImageProcessor.__module__], folder, picture)
+        remote = _outputs(bundle("modeling_drmm"), bundle("image_processing_drmm"), folder, picture)
+    here = _outputs(modeling_drmm, image_processing_drmm, folder, picture)
     differences = [(remote[name] - here[name]).abs().max().item() for name in ("logits", "pred_boxes")]
     if not max(differences) < 1e-4:
         raise ValueError(f"the code in {folder} gives other outputs than drmm_hf, by {max(differences):.1e}")
     return max(differences)
 
 
-def _outputs(model_class: type, processing: ModuleType, folder: Path, picture: torch.Tensor) -> dict:
-    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+def _outputs(modeling: ModuleType, processing: ModuleType, folder: Path, picture: torch.Tensor) -> dict:
+    model = modeling.DrmmForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
     return model(**processing.DrmmImageProcessor.from_pretrained(folder)(images=[picture], return_tensors="pt"))
 
 

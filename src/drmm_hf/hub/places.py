@@ -30,7 +30,7 @@ def names_only(content: Any) -> Any:
         `Any`: The same with names.
     """
     if isinstance(content, Mapping):
-        return {names_only(key): names_only(value) for key, value in content.items()}
+        return {key: names_only(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [names_only(value) for value in content]
     if not isinstance(content, str):

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult
+from transformers.utils import is_matplotlib_available
 
 from ..conversion.model_card import model_card
-from ..evaluation.files import read_json, run_lock, write_json, write_text
+from ..evaluation.files import read_json, write_json, write_text
 from ..evaluation.predict import load_detector
 from ..modeling.remote_code import requirements
 from ..training.checkpoint import finish_folder, start_folder
+from ..visualization.evaluation_pictures import draw_report
 from .bundle import save_bundle
 from .card import Subject, card_data, is_untouched, write_card
 from .check import check_folder
 from .places import names_only
 from .results import find_evaluations, find_training, weight_files
+
+
+# Files that an earlier publication may hold.
+_OURS = re.compile(
+    r"\w+\.py|README\.md|requirements\.txt|(config|preprocessor_config|conversion)\.json|"
+    r"model[\w-]*\.safetensors(\.index\.json)?|training/\w+\.(json|yaml)|results/[^/]+/\w+\.(json|png|jpg)"
+)
 
 
 @dataclass(frozen=True)
@@ -97,31 +108,29 @@ def prepare(
     )
     notes = [f"{place} is left out: {reason}" for place, reason in left_out.items()]
     notes += _missing(subject)
-    with run_lock(None, output.with_name(f"{output.name}.lock")):
-        folder = start_folder(output)
-        try:
-            save_bundle(detector, processor, folder)
-            _write_records(subject, folder)
-            kept = _edited_card(model, output, subject)
-            write_text(folder / "README.md", write_card(subject) if kept is None else kept.read_text(encoding="utf-8"))
-            expected: list[EvalResult] = card_data(subject).get("eval_results", [])
-            checks, more = check_folder(folder, expected, _private_places(model))
-            if kept is not None:
-                notes.append(f"{kept} was edited and is the card; delete it to have a new one written")
-            finish_folder(output)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    folder = start_folder(output)
+    try:
+        save_bundle(detector, processor, folder)
+        _write_records(subject, folder)
+        kept = _edited_card(model, output, subject)
+        write_text(folder / "README.md", write_card(subject) if kept is None else kept.read_text(encoding="utf-8"))
+        expected: list[EvalResult] = card_data(subject).get("eval_results", [])
+        checks, more = check_folder(folder, expected, _private_places(model))
+        if kept is not None:
+            notes.append(f"{kept} was edited and is the card; delete it to have a new one written")
+        finish_folder(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return Publication(output, checks, notes + more)
 
 
 def _write_records(subject: Subject, folder: Path) -> None:
     """Write the files that the card is made of, with names instead of places."""
-    for name in ("config.json", "preprocessor_config.json"):
-        settings = names_only(read_json(folder / name))
-        write_text(folder / name, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    settings = _forget_origins(read_json(folder / "config.json"))
+    write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
     if subject.conversion is not None:
-        write_json(names_only(subject.conversion), folder / "conversion.json")
+        write_json(subject.conversion, folder / "conversion.json")
     if subject.training is not None:
         (folder / "training").mkdir()
         recipe = yaml.safe_dump(subject.training.recipe, sort_keys=False)
@@ -132,11 +141,24 @@ def _write_records(subject: Subject, folder: Path) -> None:
     for evaluation in subject.evaluations:
         place = folder / evaluation.place
         place.mkdir(parents=True)
-        about = {"evaluation": evaluation.about} if evaluation.about else {}
+        about = {"evaluation": names_only(evaluation.about)} if evaluation.about else {}
         for name, content in (about | evaluation.reports).items():
-            write_json(names_only(content), place / f"{name}.json")
-        for name in evaluation.pictures:
-            shutil.copyfile(evaluation.folder / name, place / name)
+            write_json(content, place / f"{name}.json")
+        draw_report("metrics", evaluation.metrics, place)
+        if evaluation.has_picture:
+            shutil.copyfile(evaluation.folder / "detections.jpg", place / "detections.jpg")
+
+
+def _forget_origins(settings: Any) -> Any:
+    """Reduce the places that parts of a config were loaded from to names; all else may be names already."""
+    if isinstance(settings, list):
+        return [_forget_origins(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: names_only(value) if name == "_name_or_path" else _forget_origins(value)
+        for name, value in settings.items()
+    }
 
 
 def _edited_card(model: Path, output: Path, subject: Subject) -> Path | None:
@@ -157,18 +179,14 @@ def _edited_card(model: Path, output: Path, subject: Subject) -> Path | None:
 
 
 def _missing(subject: Subject) -> list[str]:
+    """Say what a card lacks."""
     notes = []
     if not subject.evaluations:
-        notes.append(
-            "no result file was found, so the card has no figure: drmm evaluate MODEL DATA --split test --output OUT"
-        )
+        notes.append("no result file was found, so the card has no figure: drmm evaluate writes some")
     elif all(evaluation.chose for evaluation in subject.evaluations):
         notes.append("the only figures are of the split that chose the checkpoint: drmm evaluate on another")
-    for evaluation in subject.evaluations:
-        if "reliability.png" not in evaluation.pictures:
-            notes.append(
-                f"{evaluation.folder} has no reliability.png: drmm evaluate draws it where matplotlib is installed"
-            )
+    if subject.evaluations and not is_matplotlib_available():
+        notes.append("reliability diagrams are not drawn: matplotlib is not installed")
     if subject.license is None:
         notes.append("the card states no licence: --license")
     return notes
@@ -176,29 +194,15 @@ def _missing(subject: Subject) -> list[str]:
 
 def _check_replaceable(output: Path) -> None:
     """Refuse a folder that holds something else than a publication."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists():
         return
-    strangers = [] if output.is_dir() else [output]
-    for path in output.rglob("*"):
-        name = path.relative_to(output).as_posix()
-        if path.is_file() and not _is_ours(name):
-            strangers.append(path)
-    if strangers or not (output / "modeling_drmm.py").is_file():
-        named = f", such as {strangers[0]}" if strangers else ""
+    files = [path for path in output.rglob("*") if not path.is_dir()] if output.is_dir() else [output]
+    strangers = [path for path in files if not _OURS.fullmatch(path.relative_to(output).as_posix())]
+    if strangers or (files and not (output / "modeling_drmm.py").is_file()):
         raise FileExistsError(
-            f"output {str(output)!r} holds something else than a folder of drmm push{named}; name another"
+            f"output {str(output)!r} holds {(strangers or files)[0].name}, which drmm push has not written; name "
+            "another folder, or move it"
         )
-
-
-def _is_ours(name: str) -> bool:
-    folder, _, file = name.rpartition("/")
-    suffixes = {
-        "": (".py", "model.safetensors", "config.json", "requirements.txt", "README.md", "conversion.json"),
-        "training": ("recipe.yaml", "manifest.json", "summary.json"),
-    }
-    if folder == "":
-        return file.endswith(suffixes[""]) or file.startswith("model")
-    return file in suffixes["training"] if folder == "training" else folder.startswith("results/")
 
 
 def _private_places(model: Path) -> list[str]:

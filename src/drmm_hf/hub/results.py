@@ -17,7 +17,6 @@ from .places import command_names_only, may_be_repo_id, names_only
 
 # What an evaluation may write that a card shows.
 REPORTS = ("metrics", "calibration", "coverage", "likelihood")
-PICTURES = ("reliability.png", "detections.jpg")
 # Metrics that must be there: fractions, or None where not defined; and counts.
 _FRACTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ECE", "ECE_0.1")
 _COUNTS = ("num_images", "num_ground_truths")
@@ -54,9 +53,9 @@ class Evaluation:
         return f"results/{self.data.rpartition('/')[2]}_{self.split}".replace(" ", "_")
 
     @property
-    def pictures(self) -> list[str]:
-        """Return the names of the pictures there are."""
-        return [name for name in PICTURES if (self.folder / name).is_file()]
+    def has_picture(self) -> bool:
+        """Tell whether there is a picture of detections."""
+        return (self.folder / "detections.jpg").is_file()
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,10 @@ def find_training(folder: str | Path) -> TrainingRecord | None:
     manifest = []
     for record in read_json(run / "manifest.json") if (run / "manifest.json").is_file() else []:
         record = {name: value for name, value in record.items() if name != "working_directory"}
-        command = {"command": command_names_only(record["command"])} if "command" in record else {}
-        manifest.append(names_only(record | {"command": ""}) | command)
+        manifest.append(names_only(record) | {"command": command_names_only(record.get("command", ""))})
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
-    return TrainingRecord(names_only(_read_recipe(run)), manifest, names_only(summary))
+    recipe = {name: names_only(part) if name != "model" else part for name, part in _read_recipe(run).items()}
+    return TrainingRecord(recipe, manifest, summary)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -215,6 +214,8 @@ def _check_metrics(metrics: Any, path: Path) -> None:
     wrong += [name for name in _COUNTS if type(metrics.get(name)) is not int]
     if not isinstance(per_class, dict) or not all(map(_is_fraction, per_class.values())):
         wrong.append("AP_per_class")
+    if not isinstance(metrics.get("reliability"), dict):
+        wrong.append("reliability")
     if wrong:
         raise ValueError(
             f"{path}: {', '.join(wrong)} missing or no fraction; the rule is a file as `drmm evaluate` writes it."

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -37,7 +37,7 @@ def check_name(repo_id: str) -> str:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise ValueError(
-            f"repo-id is {repo_id!r}; the rule is owner/name of letters, digits, '-', '_' and '.', at most 96 of them, "
+            f"repo-id is {repo_id!r}; the rule is owner/name of letters, digits, '-', '_' and '.', at most 96, "
             "without '--' and '..', and not beginning or ending with '-' or '.'."
         ) from None
     return repo_id
@@ -98,9 +98,10 @@ def upload(
             _check_card(api, folder, repo_id, revision)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, commit_message=message
-        )
+        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        options = {"revision": revision, "create_pr": create_pr, "commit_message": message}
+        commit = api.create_commit(repo_id, added, **options)
     return commit.pr_url or commit.commit_url
 
 
@@ -114,8 +115,8 @@ def _check_card(api: HfApi, folder: str | Path, repo_id: str, revision: str | No
         card = Path(path).read_text(encoding="utf-8")
     if not is_untouched(card) and card != (Path(folder) / "README.md").read_text(encoding="utf-8"):
         raise ValueError(
-            f"the card of {repo_id} was not written by drmm push, or edited since, and would be lost: save it as README.md "
-            "in the model folder to publish it, or pass --create-pr, or --replace-card"
+            f"the card of {repo_id} was not written by drmm push, or edited since, and would be lost: save it as "
+            "README.md in the model folder to publish it, or pass --create-pr, or --replace-card"
         )
 
 
@@ -134,8 +135,8 @@ def _said_plainly(repo_id: str, revision: str | None) -> Iterator[None]:
             text = "the Hub does not know this token: run `hf auth login`, or set HF_TOKEN to a valid one"
         elif status == 403:
             text = (
-                f"this token may not write to {repo_id}: use one with the right to write, name a repository of yours, or "
-                "propose the files with --create-pr"
+                f"this token may not write to {repo_id}: use one with the right to write, name a repository of yours, "
+                "or propose the files with --create-pr"
             )
         elif isinstance(error, RepositoryNotFoundError) or status == 404:
             text = f"the Hub has no {repo_id} that this token can see: check the name and the token"
