@@ -51,7 +51,10 @@ def test_every_figure_of_the_text_is_in_a_file(subject):
     """Take the figures away one file after the other: what remains knows none of them."""
     text = write_card(subject)
     per_cent = f"{100 * subject.evaluations[0].metrics['AP']:.2f}"
-    assert f"| cells, test | 1 | {per_cent} |" in text and "chose the checkpoint" in text
+    assert (
+        f"| [cells, test](results/cells_test/metrics.json) | 1 | {per_cent} |" in text
+        and "chose the checkpoint" in text
+    )
     assert "No file was found of: intervals of the calibration error" in text
     without = write_card(replace(subject, evaluations=(), training=None))
     assert "No result file was found" in without and "No record of the training" in without
@@ -62,7 +65,7 @@ def test_every_figure_of_the_text_is_in_a_file(subject):
 
 
 def test_every_number_of_the_result_table_is_of_its_file(subject):
-    rows = [line for line in write_card(subject).splitlines() if re.match(r"\| cells, (test|val)", line)]
+    rows = [line for line in write_card(subject).splitlines() if re.match(r"\| \[cells, (test|val)\]", line)]
     for row, one in zip(rows, subject.evaluations, strict=True):
         cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
         names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ECE", "ECE_0.1")
@@ -161,4 +164,24 @@ def test_a_card_with_other_figures_is_noticed(subject):
 
 
 def test_evaluations_of_one_name_go_to_one_place():
-    assert Evaluation("x", "owner/my cells", "test", False, {}, {}).place == "results/my_cells_test"
+    assert Evaluation("x", "owner/my cells", "test[:9%]", False, {}, {}).place == "results/owner_my_cells_test_9_"
+
+
+def test_splits_that_chose_the_checkpoint_are_shown_where_there_is_no_other(subject):
+    test, own = subject.evaluations
+    assert subject.shown == [test] and replace(subject, evaluations=[own]).shown == [own]
+    assert "### cells, val" not in write_card(subject)
+    assert "### cells, val" in write_card(replace(subject, evaluations=[own]))
+
+
+def test_spoilt_reports_are_refused(subject):
+    for reports in ({"calibration": {}}, {"likelihood": {"all": {"nll": []}}}, {"coverage": {"levels": [0.9]}}):
+        one = replace(subject.evaluations[0], reports=subject.evaluations[0].reports | reports)
+        with pytest.raises(ValueError, match="is not as `drmm evaluate` writes it"):
+            write_card(replace(subject, evaluations=[one]))
+
+
+def test_a_box_head_is_not_asked_for_its_density(subject):
+    config = tiny_config(head_type="box", criterion="focal_l1_giou")
+    text = write_card(replace(subject, config=config))
+    assert "--calibration" in text and "--losses" not in text and "--coverage" not in text

@@ -63,8 +63,8 @@ def test_names_of_classes_stay_whatever_they_look_like(published):
 
 def test_links_and_pictures_of_the_card_are_in_the_folder(published):
     text = (published.folder / "README.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert len(links) >= 4 and all((published.folder / link).is_file() for link in links)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)", text) for link in link if link]
+    assert len(links) >= 5 and all((published.folder / link).is_file() for link in links)
 
 
 def test_the_path_of_a_backbone_s_origin_is_a_name(run, tmp_path):

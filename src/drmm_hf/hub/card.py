@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,11 @@ class Subject:
     conversion: Mapping[str, Any] | None = None
     license: str | None = None
 
+    @property
+    def shown(self) -> Sequence[Evaluation]:
+        """Return the evaluations that are shown in detail: those that did not choose the checkpoint, if there are."""
+        return [one for one in self.evaluations if not one.chose] or self.evaluations
+
 
 def write_card(subject: Subject) -> str:
     """Write the card of a model.
@@ -73,10 +79,10 @@ def write_card(subject: Subject) -> str:
         f"---\n{card_data(subject).to_yaml()}\n---",
         f"# {subject.repo_id.rpartition('/')[2]}",
         _introduction(subject),
-        "## Results",
-        *_results(subject),
         "## Use",
         _use(subject),
+        "## Results",
+        *_results(subject),
         *_origin(subject),
         *_training(subject),
         "## Intended use",
@@ -206,8 +212,8 @@ def _results(subject: Subject) -> list[str]:
     lines = [f"| data, split | pictures | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     for one in subject.evaluations:
         cells = [_per_cent(one.metrics[name]) for name in columns]
-        split = f"{one.data}, {one.split}{' (1)' if one.chose else ''}"
-        lines.append(f"| {_cell(split)} | {one.metrics['num_images']} | {' | '.join(cells)} |")
+        split = f"[{_title(one)}]({one.place}/metrics.json){' (1)' if one.chose else ''}"
+        lines.append(f"| {split} | {one.metrics['num_images']} | {' | '.join(cells)} |")
     note = (
         "Per cent; COCO's AP, and the expected calibration error of the 100 best predictions of each picture, "
         "ECE_0.1 of those scoring above 0.1."
@@ -215,47 +221,64 @@ def _results(subject: Subject) -> list[str]:
     if any(one.chose for one in subject.evaluations):
         note += " (1) This split chose the checkpoint, so its figures are a little too good."
     sections = ["\n".join(lines), note]
-    for one in subject.evaluations:
-        sections += [f"### {_cell(one.data)}, {_cell(one.split)}", *_details(one)]
+    for one in subject.shown:
+        sections += [f"### {_title(one)}", *_details(one, subject.config.head_type == "mixture")]
     return sections
 
 
-def _details(one: Evaluation) -> list[str]:
-    metrics, reports, place, title = one.metrics, one.reports, one.place, f"{_cell(one.data)}, {_cell(one.split)}"
+def _details(one: Evaluation, has_density: bool) -> list[str]:
+    """Return what is known of a split, and what no file says of it."""
+    metrics, place = one.metrics, one.place
     counts = f"{metrics['num_images']} pictures, {metrics['num_ground_truths']} objects"
-    files = ", ".join(f"[{name}.json]({place}/{name}.json)" for name in reports)
+    files = ", ".join(f"[{name}.json]({place}/{name}.json)" for name in one.reports)
     per_class = [f"| {_cell(name)} | {_per_cent(value)} |" for name, value in metrics["AP_per_class"].items()]
     sections = [f"{counts}. Files: {files}.", "\n".join(["| class | AP |", "|---|---|", *per_class])]
-    facts, missing = [], []
-    if "calibration" in reports:
-        kind = reports["calibration"]["kinds"]["confidence"]
-        spans = {name: " to ".join(map(_per_cent, kind[f"{name}_interval"])) for name in ("ECE", "ECE_0.1")}
-        facts += [f"{name} {_per_cent(kind[name])} (95 % interval {spans[name]})" for name in spans]
-    else:
-        missing.append("intervals of the calibration error (`--calibration`)")
-    likelihood = reports.get("likelihood", {}).get("all", {})
-    if likelihood.get("nll"):
-        facts.append(f"negative log-likelihood of an annotation {likelihood['nll'][-1]:.3f} (last stage)")
-    else:
-        missing.append("likelihood (`--losses`)")
-    levels = reports.get("coverage", {}).get("levels", [])
-    row = next((row for row, level in enumerate(levels) if math.isclose(level, 0.9)), None)
-    if row is not None:
-        held = reports["coverage"]["predicted"]["all"][row]
-        facts.append(f"intervals of 90 % hold {_per_cent(held)} % of the annotated sides of correct predictions")
-    else:
-        missing.append("coverage of intervals (`--coverage`)")
-    if facts:
-        sections.append("\n".join(f"- {fact}" for fact in facts))
+    try:
+        facts = _facts(one.reports)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{one.folder} holds a report that is not as `drmm evaluate` writes it: {error!r}") from error
+    known = [fact for fact in facts.values() if fact is not None]
+    missing = [name for name, fact in facts.items() if fact is None and (has_density or "calibration" in name)]
+    if known:
+        sections.append("\n".join(f"- {fact}" for fact in known))
     if is_matplotlib_available():
-        sections.append(f"![Reliability diagram: {title}]({place}/reliability.png)")
+        alt = f"Reliability diagram: {one.data}, {one.split}"
+        sections.append(f'<img src="{place}/reliability.png" width="460" alt="{html.escape(" ".join(alt.split()))}">')
     else:
         missing.append("reliability diagram")
     if one.has_picture:
-        sections.append(f"![Annotations beside what is found: {title}]({place}/detections.jpg)")
+        sections.append(f"![Annotations beside what is found: {_title(one)}]({place}/detections.jpg)")
     else:
         missing.append("picture of detections")
     return sections + ([f"No file was found of: {', '.join(missing)}."] if missing else [])
+
+
+def _facts(reports: Mapping[str, Any]) -> dict[str, str | None]:
+    """Say what reports beyond the metrics hold; None for what is not there."""
+    calibration = likelihood = coverage = None
+    if "calibration" in reports:
+        kind = reports["calibration"]["kinds"]["confidence"]
+        calibration = ", ".join(
+            f"{name} {_per_cent(kind[name])} (95 % interval {' to '.join(map(_per_cent, kind[f'{name}_interval']))})"
+            for name in ("ECE", "ECE_0.1")
+        )
+    if (reports.get("likelihood") or {}).get("all"):
+        likelihood = (
+            f"negative log-likelihood of an annotation {reports['likelihood']['all']['nll'][-1]:.3f} (last stage)"
+        )
+    for level, held in zip(*_coverage(reports), strict=True):
+        if math.isclose(level, 0.9):
+            coverage = f"intervals of 90 % hold {_per_cent(held)} % of the annotated sides of correct predictions"
+    return {
+        "intervals of the calibration error (`--calibration`)": calibration,
+        "likelihood (`--losses`)": likelihood,
+        "coverage of intervals (`--coverage`)": coverage,
+    }
+
+
+def _coverage(reports: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    report = reports.get("coverage") or {}
+    return (report["levels"], report["predicted"]["all"]) if "levels" in report else ([], [])
 
 
 def _use(subject: Subject) -> str:
@@ -378,8 +401,7 @@ def _limits(subject: Subject) -> list[str]:
         if len(known) > 1:
             worst = min(known, key=known.get)
             limits.append(
-                f"The class with the lowest AP on {_cell(one.data)}, {_cell(one.split)} is {_cell(worst)}: "
-                f"{_per_cent(known[worst])}."
+                f"The class with the lowest AP on {_title(one)} is {_cell(worst)}: {_per_cent(known[worst])}."
             )
     if subject.evaluations:
         measured = ", ".join(f"{_cell(one.data)} ({_cell(one.split)})" for one in subject.evaluations)
@@ -407,9 +429,15 @@ def _licence(subject: Subject) -> str:
     )
 
 
+def _title(one: Evaluation) -> str:
+    return f"{_cell(one.data)}, {_cell(one.split)}"
+
+
 def _input_size(processor: DrmmImageProcessor) -> str:
     size = dict(processor.size)
-    sides = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in size.items() if value is not None)
+    sides = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in sorted(size.items(), reverse=True) if value is not None
+    )
     return f"{sides} pixels"
 
 
@@ -420,7 +448,7 @@ def _listed(names: Sequence[str], limit: int) -> str:
 
 def _cell(text: str) -> str:
     """Return a text that breaks no table and is no tag."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[").replace("]", "\\]")
 
 
 def _per_cent(value: float | None) -> str:

@@ -144,6 +144,8 @@ def _write_records(subject: Subject, folder: Path) -> None:
         about = {"evaluation": names_only(evaluation.about)} if evaluation.about else {}
         for name, content in (about | evaluation.reports).items():
             write_json(content, place / f"{name}.json")
+        if evaluation not in subject.shown:
+            continue
         draw_report("metrics", evaluation.metrics, place)
         if evaluation.has_picture:
             shutil.copyfile(evaluation.folder / "detections.jpg", place / "detections.jpg")

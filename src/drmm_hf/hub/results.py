@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Evaluation:
     @property
     def place(self) -> str:
         """Return the folder that it is published in."""
-        return f"results/{self.data.rpartition('/')[2]}_{self.split}".replace(" ", "_")
+        return "results/" + re.sub(r"[^\w.-]+", "_", f"{self.data}_{self.split}")
 
     @property
     def has_picture(self) -> bool:
