@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 
@@ -83,6 +84,7 @@ def test_a_pull_request_to_a_branch(hub, tmp_path, capsys):
 def test_the_card_s_lines_run(tmp_path, monkeypatch, capsys):
     best = make_run(tmp_path / "cells")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run asks nobody"))
     assert main(["push", str(best), "--repo-id", "me/cells", "--dry-run"]) == 0
     Image.new("RGB", (60, 45), "white").save("picture.jpg")
     text = (tmp_path / "runs" / "push" / "me" / "cells" / "README.md").read_text()

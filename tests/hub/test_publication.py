@@ -43,7 +43,8 @@ def test_the_folder_holds_what_is_needed_and_no_more(published, run):
         *(f"results/cells_test/{name}" for name in ("metrics.json", "evaluation.json")),
         *(f"results/cells_test/{name}" for name in ("reliability.png", "detections.jpg")),
     }
-    assert len(published.checks) == 5 and published.notes == []
+    assert len(published.checks) == 5 and len(published.notes) == 1
+    assert "detections.jpg shows pictures of cells" in published.notes[0]
     assert is_untouched((published.folder / "README.md").read_text())
     assert not list(published.folder.parent.glob("*.partial"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -73,6 +74,8 @@ def push(args: argparse.Namespace, model: str, output: Path) -> int:
     Returns:
         `int`: 0.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
     from ..hub.publication import prepare
     from ..hub.upload import upload
 
@@ -86,6 +89,8 @@ def push(args: argparse.Namespace, model: str, output: Path) -> int:
             f"\nnothing was uploaded; {publication.folder} is what would be. Read its README.md; an edited one is kept"
         )
         return 0
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     options = {"private": args.private, "create_pr": args.create_pr, "revision": args.revision}
     options |= {"replace_card": args.replace_card} | ({"message": args.message} if args.message else {})
     address = upload(publication.folder, args.repo_id, **options)

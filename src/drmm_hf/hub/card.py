@@ -302,7 +302,8 @@ processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
 image = Image.open("picture.jpg").convert("RGB")
 with torch.no_grad():
     outputs = model(**processor(images=image, return_tensors="pt"))
-result = processor.post_process_object_detection(outputs, target_sizes=[(image.height, image.width)])[0]
+sizes = [(image.height, image.width)]
+result = processor.post_process_object_detection(outputs, target_sizes=sizes)[0]
 for score, label, box in zip(result["scores"], result["labels"], result["boxes"]):
     print(model.config.id2label[label.item()], round(score.item(), 3), box.tolist())
 ```

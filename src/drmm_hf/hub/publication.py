@@ -107,7 +107,7 @@ def prepare(
         license,
     )
     notes = [f"{place} is left out: {reason}" for place, reason in left_out.items()]
-    notes += _missing(subject)
+    notes += _notes(subject)
     folder = start_folder(output)
     try:
         save_bundle(detector, processor, folder)
@@ -180,8 +180,8 @@ def _edited_card(model: Path, output: Path, subject: Subject) -> Path | None:
     return next(iter(edited), None)
 
 
-def _missing(subject: Subject) -> list[str]:
-    """Say what a card lacks."""
+def _notes(subject: Subject) -> list[str]:
+    """Say what a card lacks, and what it shows to everybody."""
     notes = []
     if not subject.evaluations:
         notes.append("no result file was found, so the card has no figure: drmm evaluate writes some")
@@ -189,6 +189,9 @@ def _missing(subject: Subject) -> list[str]:
         notes.append("the only figures are of the split that chose the checkpoint: drmm evaluate on another")
     if subject.evaluations and not is_matplotlib_available():
         notes.append("reliability diagrams are not drawn: matplotlib is not installed")
+    for one in subject.shown:
+        if one.has_picture:
+            notes.append(f"{one.place}/detections.jpg shows pictures of {one.data}: may everybody see them?")
     if subject.license is None:
         notes.append("the card states no licence: --license")
     return notes

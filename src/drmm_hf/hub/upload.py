@@ -11,21 +11,20 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from .card import is_untouched
+from .places import may_be_repo_id
 
 
 def check_name(repo_id: str) -> str:
     """Refuse what the Hub takes as no name of a repository.
 
     Args:
-        repo_id (`str`): "owner/name", or "name" for one's own.
+        repo_id (`str`): "owner/name"; the card has to name the owner, too.
 
     Returns:
         `str`: The name.
@@ -33,13 +32,11 @@ def check_name(repo_id: str) -> str:
     Raises:
         ValueError: If it is malformed.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
+    if not may_be_repo_id(repo_id):
         raise ValueError(
             f"repo-id is {repo_id!r}; the rule is owner/name of letters, digits, '-', '_' and '.', at most 96, "
             "without '--' and '..', and not beginning or ending with '-' or '.'."
-        ) from None
+        )
     return repo_id
 
 
