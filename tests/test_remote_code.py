@@ -1,7 +1,9 @@
 """The bundle: a folder that a machine without this package loads with `trust_remote_code=True`."""
 
 import json
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from drmm_hf import DrmmConfig, DrmmForObjectDetection, DrmmImageProcessor, DrmmModel
 from drmm_hf.hub import save_bundle
+from drmm_hf.modeling.remote_code import REQUIREMENTS, requirements
 from elsewhere import answers_elsewhere
 
 
@@ -119,3 +122,11 @@ def test_nothing_of_the_package_is_named_in_the_code(model, processor, tmp_path)
     assert not [
         file.name for file in files if "import drmm_hf" in file.read_text() or "from drmm_hf" in file.read_text()
     ]
+
+
+def test_the_required_versions_begin_where_the_package_s_do():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for package, versions in REQUIREMENTS.items():
+        assert re.search(rf'"{package}{versions.split(",")[0]}[",]', text), package
+    assert requirements({"backbone_config": {"model_type": "resnet"}}).keys() == REQUIREMENTS.keys() - {"timm"}
+    assert requirements({"backbone_config": {"model_type": "timm_backbone"}}) == REQUIREMENTS

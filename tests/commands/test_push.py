@@ -40,7 +40,7 @@ def test_what_is_published_gives_the_same_where_the_package_is_absent(hub, tmp_p
         assert commit.files == dry == files(output) and hub.repos[f"me/{decoder}"].private
         assert f"published: {hub.endpoint}/me/{decoder}/commit/" in capsys.readouterr().out
         hub.commits.clear()
-        models |= {output: best, f"me/{decoder}": best}
+        models[f"me/{decoder}"] = best
 
     model, processor = (cls.from_pretrained(best) for cls in (DrmmForObjectDetection, DrmmImageProcessor))
     for part in (model, processor):
@@ -48,7 +48,10 @@ def test_what_is_published_gives_the_same_where_the_package_is_absent(hub, tmp_p
         part.save_pretrained(str(tmp_path / "saved"), push_to_hub=True, repo_id="me/saved")
         part.save_pretrained(tmp_path / "plain")
     assert hub.repos["me/pushed"].private and "requirements.txt" in hub.repos["me/pushed"].branches["main"]
-    models |= {"me/pushed": best, "me/saved": best}
+    pushed, saved = (hub.repos[f"me/{name}"].branches["main"] for name in ("pushed", "saved"))
+    assert pushed.keys() - {"README.md"} == saved.keys() - {"README.md"}
+    assert all(pushed[name] == saved[name] for name in saved.keys() - {"README.md"})
+    models |= {output: best, "me/pushed": best}
     # The code goes to the Hub, not into folders that are saved for oneself.
     assert {path.suffix for path in (tmp_path / "plain").iterdir()} == {".json", ".safetensors"}
     assert "auto_map" not in (tmp_path / "plain" / "config.json").read_text()

@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,9 +12,13 @@ from hypothesis import strategies as st
 from conftest import tiny_config
 from drmm_hf import DrmmConfig, DrmmImageProcessor
 from drmm_hf.conversion.class_names import class_fields
-from drmm_hf.hub.card import INDEXED, Subject, card_data, check_card, is_untouched, write_card
+from drmm_hf.hub.card import CITATION, INDEXED, Subject, card_data, check_card, is_untouched, write_card
 from drmm_hf.hub.results import Evaluation, find_evaluations, find_training
 from trained_run import DETECTOR, NAMES, make_evaluation, make_run
+
+
+def test_the_paper_is_cited_as_in_the_readme():
+    assert CITATION in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

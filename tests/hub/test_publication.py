@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drmm_hf import DrmmForObjectDetection
+from drmm_hf import DrmmConfig, DrmmForObjectDetection
+from drmm_hf.conversion.model_card import model_card
 from drmm_hf.hub.card import is_untouched
 from drmm_hf.hub.check import check_folder
 from drmm_hf.hub.publication import prepare
@@ -77,7 +78,8 @@ def test_the_path_of_a_backbone_s_origin_is_a_name(run, tmp_path):
     assert json.loads((folder / "config.json").read_text())["backbone_config"]["_name_or_path"] == "resnet"
 
 
-def test_an_edited_card_is_kept_and_a_second_one_is_asked_about(run, tmp_path):
+def test_an_edited_card_is_kept_and_a_second_one_is_asked_about(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("drmm_hf.hub.check._check_remote_code", lambda *_: 0.0)  # which takes a second each time
     best, output = shutil.copytree(run / "best", tmp_path / "best"), tmp_path / "out"
     card = prepare(best, "me/cells", output).folder / "README.md"
     first = card.read_text()
@@ -97,7 +99,22 @@ def test_an_edited_card_is_kept_and_a_second_one_is_asked_about(run, tmp_path):
     assert card.read_text() == "# another\n" and any("pipeline_tag" in note for note in notes)
 
 
-def test_a_kept_card_with_older_figures_is_named(run, tmp_path):
+def test_the_card_of_a_conversion_gives_way_unless_it_was_edited(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("drmm_hf.hub.check._check_remote_code", lambda *_: 0.0)
+    best = shutil.copytree(run / "best", tmp_path / "best")
+    about = {"source": "r50.pth", "sha256": "a1b2", "family": "mmdetection"}
+    (best / "conversion.json").write_text(json.dumps(about))
+    card = model_card(DrmmConfig.from_pretrained(best), about["source"], about["family"], about["sha256"])
+    (best / "README.md").write_text(card)
+    published = prepare(best, "me/cells", tmp_path / "out")
+    text = (published.folder / "README.md").read_text()
+    assert is_untouched(text) and "`r50.pth` (sha256 `a1b2`)" in text and "conversion.json" in published.files
+    (best / "README.md").write_text(card + "Mine.\n")
+    assert (prepare(best, "me/cells", tmp_path / "out").folder / "README.md").read_text() == card + "Mine.\n"
+
+
+def test_a_kept_card_with_older_figures_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("drmm_hf.hub.check._check_remote_code", lambda *_: 0.0)
     output = tmp_path / "out"
     card = prepare(run / "best", "me/cells", output).folder / "README.md"
     text = re.sub(r"value: 0\.\d+", "value: 0.9876", card.read_text(), count=1)

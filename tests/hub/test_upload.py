@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from conftest import tiny_config
 from drmm_hf import DrmmImageProcessor
@@ -133,6 +134,18 @@ def test_a_failing_hub_is_named(hub, folder):
     hub.ROUTES = {"POST /api/repos/create": fail}
     with pytest.raises(OSError, match="the Hub answers 418: .*teapot"):
         upload(folder, "me/cells")
+
+
+def test_a_card_that_cannot_be_read_is_not_taken_for_none(hub, folder, monkeypatch):
+    """huggingface_hub's error of a broken connection is a kind of "no such entry"."""
+
+    def broken(*_, **__):
+        raise LocalEntryNotFoundError("the connection broke, and nothing is in the cache")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", broken)
+    with pytest.raises(OSError, match="cannot be reached: the connection broke"):
+        upload(folder, "me/cells")
+    assert not hub.commits
 
 
 def test_a_hub_out_of_reach_is_one_line(hub, folder, monkeypatch):

@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -107,7 +108,7 @@ def _check_card(api: HfApi, folder: str | Path, repo_id: str, revision: str | No
     with TemporaryDirectory() as aside:
         try:
             path = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=aside)
-        except (EntryNotFoundError, RevisionNotFoundError):
+        except (RemoteEntryNotFoundError, RevisionNotFoundError):
             return
         card = Path(path).read_text(encoding="utf-8")
     if not is_untouched(card) and card != (Path(folder) / "README.md").read_text(encoding="utf-8"):
@@ -142,6 +143,7 @@ def _said_plainly(repo_id: str, revision: str | None) -> Iterator[None]:
         raise OSError(text) from error
     except Exception as error:
         # Of the transport, whose package depends on the version of huggingface_hub.
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests"):
+        packages = ("httpx", "httpx2", "httpcore", "requests")
+        if not isinstance(error, LocalEntryNotFoundError) and type(error).__module__.split(".")[0] not in packages:
             raise
         raise OSError(f"{constants.ENDPOINT} cannot be reached: {error}. Nothing is lost; try again") from error
