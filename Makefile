@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests scripts
 
-.PHONY: install quickstart test quality style docs notebooks clean
+.PHONY: install quickstart test quality style docs notebooks browser clean
 
 install: .venv/installed
 
@@ -38,6 +38,13 @@ notebooks: .venv/docs  ## execute copies of the notebooks in build/notebooks: 3 
 	mkdir -p build/notebooks
 	cp -r docs/notebooks/*.ipynb docs/notebooks/shapes_detector build/notebooks
 	cd build/notebooks && PATH="$(CURDIR)/$(BIN):$$PATH" jupyter execute --inplace *.ipynb
+
+.venv/browser: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[demo]" "selenium>=4.20"
+	touch $@
+
+browser: .venv/browser  ## the demo in headless Chromium, which must be installed with its driver
+	$(BIN)/python -m pytest tests/demo tests/browser
 
 clean:
 	rm -rf .venv runs docs/notebooks/runs build dist .pytest_cache .ruff_cache .hypothesis

@@ -32,6 +32,10 @@ COMMANDS = {
     "convert": ("turn a public checkpoint into a model folder", "drmm convert drmm_r50.pth runs/drmm_r50"),
     "export": ("turn a model into a graph that runs elsewhere", "drmm export runs/quickstart/best --output runs/onnx"),
     "demo": ("show in the browser what a detector sees", "drmm demo runs/quickstart/best"),
+    "push": (
+        "publish a model on the Hub, with its code and a card of its figures",
+        "drmm push runs/quickstart/best --repo-id me/shapes --dry-run",
+    ),
     "benchmark": ("measure speed beside that of others", "drmm benchmark loader DATA --split val"),
     "tables": (
         "print a table of the paper beside what has been measured here",

@@ -67,3 +67,24 @@ def random_labels(*counts: int, num_labels: int = 3, seed: int = 0, dtype=torch.
         classes = torch.randint(0, num_labels, (count,), generator=generator)
         labels.append({"class_labels": classes, "boxes": torch.cat([centre, size], 1).to(dtype)})
     return labels
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Serve a stand-in for the Hub to this process, with a token that may write."""
+    import transformers.utils.hub
+    from huggingface_hub import constants
+
+    from hub_stand_in import WRITER, hub_stand_in
+
+    with hub_stand_in() as (hub, endpoint):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in knows LFS
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        hub.endpoint = endpoint
+        yield hub

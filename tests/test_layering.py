@@ -3,6 +3,7 @@
 import ast
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ ALLOWED = {
     "evaluation": {"data"},
     "conversion": {"modeling"},
     "export": {"modeling", "data", "evaluation", "conversion"},
-    "hub": {"modeling"},
+    "hub": {"modeling", "evaluation", "conversion", "training", "visualization"},
     "data": set(),
     "visualization": set(),
     "modeling": set(),
@@ -78,7 +79,9 @@ def test_imports_point_downwards(name):
 def test_everything_of_ours_that_is_imported_exists(name):
     """Imports inside functions, too, which no test of the function's file may reach."""
     for line, imported in imports(SOURCE / name):
-        if imported.startswith("drmm_hf."):
+        if imported.startswith("drmm_hf.") and not (
+            imported.startswith("drmm_hf.demo.app") and not find_spec("gradio")
+        ):
             assert exists(imported), f"{name}:{line} imports {imported}"
 
 

@@ -1,10 +1,9 @@
 """The bundle: a folder that a machine without this package loads with `trust_remote_code=True`."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,45 +12,8 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from drmm_hf import DrmmConfig, DrmmForObjectDetection, DrmmImageProcessor, DrmmModel
 from drmm_hf.hub import save_bundle
-
-
-# Runs in a fresh process in which importing drmm_hf fails, as on a machine that never heard of it.
-ELSEWHERE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "drmm_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-folder, threads = sys.argv[1:]
-
-import numpy as np, torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoModelForObjectDetection, pipeline
-
-torch.set_num_threads(int(threads))
-model = AutoModelForObjectDetection.from_pretrained(folder, trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-image = np.load(f"{folder}/../picture.npy")
-inputs = processor(images=[image], return_tensors="pt")
-with torch.no_grad():
-    outputs = model(**inputs)
-result = processor.post_process_object_detection(outputs, 0.05, [image.shape[:2]], interval=0.9)[0]
-detector = pipeline("object-detection", model=folder, trust_remote_code=True)
-answer = {
-    "inputs": dict(inputs),
-    "outputs": {name: value for name, value in outputs.items() if torch.is_tensor(value)},
-    "result": result,
-    "detections": detector(Image.fromarray(image), threshold=0.05),
-    "modules": [type(part).__module__ for part in (model, processor, base)],
-    "imported": sorted(name for name in sys.modules if name.partition(".")[0] == "drmm_hf"),
-    "state": base.state_dict(),
-}
-torch.save(answer, f"{folder}/../answer.pt")
-"""
+from drmm_hf.modeling.remote_code import REQUIREMENTS, requirements
+from elsewhere import answers_elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +57,7 @@ def test_same_numbers_where_the_package_is_absent(model, processor, tmp_path):
     save_bundle(model, processor, folder)
     image = np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8)
     np.save(tmp_path / "picture.npy", image)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(folder), str(torch.get_num_threads())],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = torch.load(tmp_path / "answer.pt")
-    assert answer["imported"] == []
-    assert all(module.startswith("transformers_modules.") for module in answer["modules"])
+    answer = answers_elsewhere([folder], tmp_path)[str(folder)]
 
     # Read from the same file: weights mapped at other addresses may take another path through the BLAS library,
     # which moves the last bit.
@@ -137,8 +87,8 @@ def test_the_folder_is_what_transformers_would_publish(model, processor, tmp_pat
     DrmmImageProcessor(**processor.to_dict()).save_pretrained(tmp_path / "theirs")
 
     ours, theirs = ({path.name: path for path in (tmp_path / side).iterdir()} for side in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"config.json", "preprocessor_config.json"}:
+    assert ours.keys() == theirs.keys() | {"requirements.txt"}
+    for name in theirs.keys() - {"config.json", "preprocessor_config.json"}:
         assert ours[name].read_bytes() == theirs[name].read_bytes(), name
     for name in ("config.json", "preprocessor_config.json"):
         mine, other = read(tmp_path / "ours", name), read(tmp_path / "theirs", name)
@@ -172,3 +122,11 @@ def test_nothing_of_the_package_is_named_in_the_code(model, processor, tmp_path)
     assert not [
         file.name for file in files if "import drmm_hf" in file.read_text() or "from drmm_hf" in file.read_text()
     ]
+
+
+def test_the_required_versions_begin_where_the_package_s_do():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for package, versions in REQUIREMENTS.items():
+        assert re.search(rf'"{package}{versions.split(",")[0]}[",]', text), package
+    assert requirements({"backbone_config": {"model_type": "resnet"}}).keys() == REQUIREMENTS.keys() - {"timm"}
+    assert requirements({"backbone_config": {"model_type": "timm_backbone"}}) == REQUIREMENTS

@@ -4,6 +4,7 @@ Needs Chromium and its driver; `make browser` runs it. With DRMM_SCREENSHOTS set
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -90,44 +91,45 @@ def wait(browser, condition):
     return WebDriverWait(browser, 120, poll_frequency=0.3).until(lambda _: condition())
 
 
-def pictures(browser, models):
-    """Return the addresses of the drawn pictures that are shown."""
-    images = browser.find_elements(By.CSS_SELECTOR, "img")
-    sources = [image.get_attribute("src") for image in images if image.is_displayed()]
-    return [source for source in sources if source and "/file=" in source][1:]  # the first is the upload
+def pictures(browser, kind):
+    """Return the addresses of the drawn pictures that are shown: of `boxes` or `density`."""
+    images = browser.find_elements(By.CSS_SELECTOR, f"[id^={kind}-] img")
+    return [image.get_attribute("src") for image in images if image.is_displayed()]
 
 
-def rows(browser):
-    """Return the number of boxes that the tables list."""
-    bodies = browser.find_elements(By.CSS_SELECTOR, "table tbody")
-    return sum(len([row for row in body.find_elements(By.TAG_NAME, "tr") if row.text.strip()]) for body in bodies)
+def listed(browser):
+    """Return the numbers that the tables of boxes show."""
+    text = " ".join(table.text for table in browser.find_elements(By.CSS_SELECTOR, "[id^=table-]"))
+    return re.findall(r"\d+\.\d+", text)
 
 
 def test_upload_slider_and_density(browser, models, picture):
     wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "input[type=file]"))
     keep(browser, "1_start")
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(picture)
-    wait(browser, lambda: len(pictures(browser, models)) == len(models))
-    wait(browser, lambda: rows(browser) > 0)
-    before = pictures(browser, models)
+    wait(browser, lambda: len(pictures(browser, "boxes")) == len(models))
+    wait(browser, lambda: listed(browser))
+    before = pictures(browser, "boxes")
     keep(browser, "2_boxes")
 
     number = browser.find_element(By.CSS_SELECTOR, "input[type=number]")
     number.send_keys(Keys.CONTROL, "a")
     number.send_keys("1", Keys.TAB)
-    wait(browser, lambda: rows(browser) == 0)
-    wait(browser, lambda: not set(pictures(browser, models)) & set(before))
+    wait(browser, lambda: not listed(browser))
+    wait(browser, lambda: not set(pictures(browser, "boxes")) & set(before))
     keep(browser, "3_nothing_above")
     number.send_keys(Keys.CONTROL, "a")
+    none = pictures(browser, "boxes")
     number.send_keys("0.3", Keys.TAB)
+    wait(browser, lambda: listed(browser) and not set(pictures(browser, "boxes")) & set(none))
 
-    after = pictures(browser, models)
+    after = pictures(browser, "boxes")
     browser.find_element(By.CSS_SELECTOR, "input[type=checkbox]").click()
-    wait(browser, lambda: not set(pictures(browser, models)) & set(after))
+    wait(browser, lambda: not set(pictures(browser, "boxes")) & set(after))
     keep(browser, "4_hard_sides")
 
     next(tab for tab in browser.find_elements(By.CSS_SELECTOR, "[role=tab]") if tab.text == "Density").click()
-    wait(browser, lambda: len(pictures(browser, models)) == len(models))
+    wait(browser, lambda: len(pictures(browser, "density")) == len(models))
     keep(browser, "5_density")
     errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [message for message in errors if "favicon" not in message and "net::" not in message]

@@ -55,7 +55,7 @@ def test_the_slider_hides_and_soft_sides_show(folder, picture):
 def test_the_page_has_a_panel_a_detector(folder):
     app = make_app([str(folder), str(folder)], "cpu")
     labels = [block.label for block in app.blocks.values() if getattr(block, "label", None)]
-    assert labels.count("mine/best") == 4 and "Soft sides" in labels  # boxes and density of each
+    assert labels.count("mine/best") == 2 and "Soft sides" in labels
 
 
 def test_a_space_has_all_it_needs(folder, tmp_path):

@@ -134,11 +134,14 @@ def backbone_name(config: PreTrainedConfig) -> str:
     """Name a backbone as papers do.
 
     Args:
-        config (`PreTrainedConfig`): a ResNet's or a Swin's.
+        config (`PreTrainedConfig`): of any backbone.
 
     Returns:
-        `str`: such as "ResNet-50" or "Swin-T", else the kind with its depths and its width.
+        `str`: such as "ResNet-50" or "Swin-T"; of other ResNets and Swins the kind with its depths and its width, of
+        others what they are called in timm or transformers.
     """
+    if config.model_type not in ("resnet", "swin"):
+        return getattr(config, "backbone", None) or config.model_type
     depths = tuple(config.depths)
     if config.model_type == "swin":
         kind, width, known = "Swin", config.embed_dim, _SWINS.get((config.embed_dim, depths))

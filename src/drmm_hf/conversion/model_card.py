@@ -86,6 +86,28 @@ def stated_result(config: DrmmConfig) -> tuple[float, ...] | None:
     return TABLE_5.get((method, backbone_name(config.backbone_config)))
 
 
+def expected_result(config: DrmmConfig, name: str = "FOLDER") -> str:
+    """Say what the paper states for a detector, as the paper's statement.
+
+    Args:
+        config (`DrmmConfig`): of the converted detector.
+        name (`str`): its folder or id, for the command that measures it.
+
+    Returns:
+        `str`: Markdown.
+    """
+    stated = stated_result(config)
+    if stated is None:
+        return "The paper states no figure for this architecture and these classes. Nothing was measured here."
+    names = ("AP50", "AP75", "APs", "APm", "APl")
+    others = ", ".join(f"{figure} {value}" for figure, value in zip(names, stated[1:], strict=True))
+    return (
+        f"The paper states AP {stated[0]} ({others}) for this architecture on COCO val2017 (Table 5, "
+        "36 epochs). That is the paper's figure; it was not measured with this conversion. To measure:\n\n"
+        f"```bash\ndrmm evaluate {name} COCO --split val2017 --output OUT\n```"
+    )
+
+
 def model_card(config: DrmmConfig, source: str, family: str, sha256: str) -> str:
     """Write the card of a converted detector.
 
@@ -98,17 +120,6 @@ def model_card(config: DrmmConfig, source: str, family: str, sha256: str) -> str
     Returns:
         `str`: Markdown with the Hub's header.
     """
-    stated = stated_result(config)
-    if stated is None:
-        expected = "The paper states no figure for this architecture and these classes. Nothing was measured here."
-    else:
-        names = ("AP50", "AP75", "APs", "APm", "APl")
-        others = ", ".join(f"{name} {value}" for name, value in zip(names, stated[1:], strict=True))
-        expected = (
-            f"The paper states AP {stated[0]} ({others}) for this architecture on COCO val2017 (Table 5, "
-            "36 epochs). That is the paper's figure; it was not measured with this conversion. To measure:\n\n"
-            "```bash\ndrmm evaluate FOLDER COCO --split val2017 --output OUT\n```"
-        )
     return _CARD.format(
         title=title(config),
         source=source,
@@ -116,5 +127,5 @@ def model_card(config: DrmmConfig, source: str, family: str, sha256: str) -> str
         sha256=sha256,
         config=config,
         backbone=backbone_name(config.backbone_config),
-        expected=expected,
+        expected=expected_result(config),
     )

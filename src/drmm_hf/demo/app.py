@@ -152,15 +152,17 @@ def make_app(names: Sequence[str], device: str | None = None) -> gr.Blocks:
                 soft = gr.Checkbox(has_density, label="Soft sides", visible=has_density)
         drawn, tables, densities = [], [], []
         with gr.Tab("Boxes"), gr.Row():
-            for one in detectors:
+            for number, one in enumerate(detectors):
                 with gr.Column():
-                    drawn.append(gr.Image(label=one.name, interactive=False))
+                    drawn.append(gr.Image(label=one.name, interactive=False, elem_id=f"boxes-{number}"))
                     headers = ["class", "score", "left", "top", "right", "bottom"]
-                    tables.append(gr.Dataframe(headers=headers, interactive=False, max_height=260))
-        with gr.Tab("Density", visible=has_density), gr.Row():
-            for one in detectors:
+                    table = gr.Dataframe(headers=headers, interactive=False, max_height=260, elem_id=f"table-{number}")
+                    tables.append(table)
+        with gr.Tab("Density", visible=has_density):
+            for number, one in enumerate(detectors):
                 if one.has_density:
-                    densities.append(gr.Image(label=one.name, interactive=False))
+                    gr.Markdown(f"**{one.name}**")
+                    densities.append(gr.Image(show_label=False, interactive=False, elem_id=f"density-{number}"))
 
         def look(path, threshold, soft):
             if path is None:

@@ -22,6 +22,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .mixture import central_quantile, take_components
+from .remote_code import PublishedWithCode
 
 
 class DrmmImageProcessorKwargs(ImagesKwargs, total=False):
@@ -42,7 +43,7 @@ class DrmmImageProcessorKwargs(ImagesKwargs, total=False):
     score_threshold: float | list[float] | None
 
 
-class DrmmImageProcessor(TorchvisionBackend):
+class DrmmImageProcessor(PublishedWithCode, TorchvisionBackend):
     """Prepare pictures and annotations for D-RMM and turn its output into boxes.
 
     A picture becomes RGB, is resized (shortest edge 800, longest at most 1333), rescaled to [0, 1], normalised and

@@ -37,6 +37,7 @@ from .mixture import (
 from .necks import NECKS, ChannelMapping
 from .queries import DrmmQueries, initial_query_boxes
 from .query_layers import DrmmSelfAttention, FeedForward
+from .remote_code import PublishedWithCode
 from .sparse_rcnn_stage import DynamicConv, SparseRcnnStage
 
 
@@ -90,7 +91,7 @@ class DrmmObjectDetectionOutput(ModelOutput):
     scale_freedom: torch.FloatTensor | None = None
 
 
-class DrmmPreTrainedModel(PreTrainedModel):
+class DrmmPreTrainedModel(PublishedWithCode, PreTrainedModel):
     """Weight initialisation and library switches shared by the D-RMM models."""
 
     config: DrmmConfig

@@ -1,0 +1,259 @@
+"""What is known of a model: the files that training, evaluation and conversion have left of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..evaluation.files import read_json
+from ..evaluation.paper_tables import data_name
+from ..modeling.configuration_drmm import DrmmConfig
+from .places import command_names_only, may_be_repo_id, names_only
+
+
+# What an evaluation may write that a card shows.
+REPORTS = ("metrics", "calibration", "coverage", "likelihood")
+# Metrics that must be there: fractions, or None where not defined; and counts.
+_FRACTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ECE", "ECE_0.1")
+_COUNTS = ("num_images", "num_ground_truths")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold what was measured of a model on one split.
+
+    Attributes:
+        folder (`Path`): Where the files are.
+        data (`str`): Name of the data, or their id on the Hub.
+        split (`str`): Their split.
+        chose (`bool`): Whether these figures chose the checkpoint: they are the training run's own.
+        about (`dict`): Content of `evaluation.json`; empty for those of a run.
+        reports (`dict[str, dict]`): Contents of `metrics.json` and the others of `REPORTS`, those there are.
+    """
+
+    folder: Path
+    data: str
+    split: str
+    chose: bool
+    about: dict[str, Any]
+    reports: dict[str, dict[str, Any]]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Return the content of `metrics.json`."""
+        return self.reports["metrics"]
+
+    @property
+    def place(self) -> str:
+        """Return the folder that it is published in."""
+        return "results/" + re.sub(r"[^\w.-]+", "_", f"{self.data}_{self.split}")
+
+    @property
+    def has_picture(self) -> bool:
+        """Tell whether there is a picture of detections."""
+        return (self.folder / "detections.jpg").is_file()
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Hold what a training run says of itself, with names instead of places.
+
+    Attributes:
+        recipe (`dict`): Content of `recipe.yaml`.
+        manifest (`list[dict]`): Content of `manifest.json`, without working directories; empty if there is none.
+        summary (`dict`): Content of `summary.json`; empty if there is none.
+    """
+
+    recipe: dict[str, Any]
+    manifest: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def find_evaluations(
+    folder: str | Path,
+    config: DrmmConfig,
+    calibration: Mapping[str, Any] | None = None,
+    given: Iterable[str | Path] = (),
+) -> tuple[list[Evaluation], dict[Path, str]]:
+    """Look for what was measured of a model, and leave out what is not of it as it is published.
+
+    Args:
+        folder (`str` or `Path`): Of the model. Looked through are its folders and those of its training run, and the
+            run's own figures where the model is its `best`.
+        config (`DrmmConfig`): Of the model.
+        calibration (`Mapping`, *optional*): Of its processor.
+        given (`Iterable[str | Path]`): Folders of evaluations to take instead.
+
+    Returns:
+        `tuple[list[Evaluation], dict[Path, str]]`: One a split, those that chose the checkpoint last; and the reason
+            for each folder that was left out.
+
+    Raises:
+        ValueError: If a file cannot be read, or a folder that was given would be left out.
+        FileNotFoundError: If a folder that was given holds no `metrics.json`.
+    """
+    folder, given = Path(folder).resolve(), list(map(Path, given))
+    weights = max((path.stat().st_mtime for path in weight_files(folder)), default=0.0)
+    found: dict[tuple[str, str], Evaluation] = {}
+    left_out: dict[Path, str] = {}
+    for place in given or _places(folder):
+        if not (place / "metrics.json").is_file():
+            raise FileNotFoundError(
+                f"results {str(place)!r} holds no metrics.json, as a folder of `drmm evaluate` does"
+            )
+        evaluation = _read(place)
+        reason = _reason_against(evaluation, folder, config, calibration)
+        if reason is None and not given and not evaluation.chose and _written(evaluation) < weights:
+            reason = "it is older than the weights; evaluate again, or name it with --results"
+        if reason is not None:
+            if given:
+                raise ValueError(f"results {str(place)!r}: {reason}")
+            left_out[place] = reason
+            continue
+        key = evaluation.data, evaluation.split
+        other = found.get(key)
+        if other is not None:
+            old, new = sorted((other, evaluation), key=lambda one: (not one.chose, _written(one)))
+            left_out[old.folder] = f"{new.folder} has newer figures of the same split"
+            evaluation = new
+        found[key] = evaluation
+    return sorted(found.values(), key=lambda one: one.chose), left_out
+
+
+def find_training(folder: str | Path) -> TrainingRecord | None:
+    """Read what the run that a checkpoint belongs to says of itself.
+
+    Args:
+        folder (`str` or `Path`): Of the model.
+
+    Returns:
+        `TrainingRecord` or None: None where the folder above it has no `recipe.yaml`.
+
+    Raises:
+        ValueError: If a file cannot be read.
+    """
+    run = Path(folder).resolve().parent
+    if not (run / "recipe.yaml").is_file():
+        return None
+    manifest = []
+    for record in read_json(run / "manifest.json") if (run / "manifest.json").is_file() else []:
+        record = {name: value for name, value in record.items() if name != "working_directory"}
+        manifest.append(names_only(record) | {"command": command_names_only(record.get("command", ""))})
+    summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
+    recipe = {name: names_only(part) if name != "model" else part for name, part in _read_recipe(run).items()}
+    return TrainingRecord(recipe, manifest, summary)
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """List the weights of a model folder, without variants such as `model.raw.safetensors`.
+
+    Args:
+        folder (`str` or `Path`): Of the model.
+
+    Returns:
+        `list[Path]`: `model.safetensors`, or the parts that it is split into.
+    """
+    return sorted(path for path in Path(folder).glob("model*.safetensors") if path.name.count(".") == 1)
+
+
+def data_title(source: str) -> str:
+    """Name data without their place.
+
+    Args:
+        source (`str`): Folder, annotation file, or id on the Hub.
+
+    Returns:
+        `str`: Name, or id on the Hub where nothing here has that name.
+    """
+    if may_be_repo_id(source) and not Path(source).exists():
+        return source
+    return data_name(source) if source.endswith(".json") else names_only(source.rstrip("/"))
+
+
+def _places(folder: Path) -> list[Path]:
+    """List folders that may hold figures of a model."""
+    run = folder.parent
+    parents = [folder, run] if (run / "recipe.yaml").is_file() else [folder]
+    places = sorted(path.parent for parent in parents for path in parent.glob("*/metrics.json"))
+    return places + [run] * (len(parents) == 2 and folder.name == "best" and (run / "metrics.json").is_file())
+
+
+def _read(place: Path) -> Evaluation:
+    reports = {name: read_json(place / f"{name}.json") for name in REPORTS if (place / f"{name}.json").is_file()}
+    _check_metrics(reports["metrics"], place / "metrics.json")
+    chose = not (place / "evaluation.json").is_file() and (place / "recipe.yaml").is_file()
+    if chose:
+        data = _read_recipe(place).get("data", {})
+        name = str(data.get("source") or "")
+        split = "holdout" if data.get("holdout") else data.get("val_split") or "val"
+        about = {}
+    else:
+        about = read_json(place / "evaluation.json") if (place / "evaluation.json").is_file() else {}
+        name, split = str(about.get("data") or ""), about.get("split") or place.name
+    return Evaluation(place, data_title(name) or "unnamed data", str(split), chose, about, reports)
+
+
+def _read_recipe(run: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{run / 'recipe.yaml'} is not valid yaml: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{run / 'recipe.yaml'} is no recipe: the rule is sections with fields.")
+    return recipe
+
+
+def _check_metrics(metrics: Any, path: Path) -> None:
+    metrics = metrics if isinstance(metrics, dict) else {}
+    per_class = metrics.get("AP_per_class")
+    wrong = [name for name in _FRACTIONS if name not in metrics or not _is_fraction(metrics[name])]
+    wrong += [name for name in _COUNTS if type(metrics.get(name)) is not int]
+    if not isinstance(per_class, dict) or not all(map(_is_fraction, per_class.values())):
+        wrong.append("AP_per_class")
+    if not isinstance(metrics.get("reliability"), dict):
+        wrong.append("reliability")
+    if wrong:
+        raise ValueError(
+            f"{path}: {', '.join(wrong)} missing or no fraction; the rule is a file as `drmm evaluate` writes it."
+        )
+
+
+def _is_fraction(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1)
+
+
+def _reason_against(
+    evaluation: Evaluation, folder: Path, config: DrmmConfig, calibration: Mapping[str, Any] | None
+) -> str | None:
+    """Say why figures are not those of a model as it is published; None if they are."""
+    about, metrics = evaluation.about, evaluation.metrics
+    if not evaluation.chose:
+        model = about.get("model")
+        if model is None:
+            return "it does not say of which model it is"
+        mine, others = folder.parts[-2:], Path(model).parts[-2:]
+        if Path(model).resolve() != folder and mine[-len(others) :] != others:
+            return f"it is of the model {model!r}"
+    elif _read_recipe(evaluation.folder).get("data", {}).get("overfit"):
+        return "the run was evaluated on the pictures that it learnt by heart (overfit)"
+    options = {"top_k": about.get("top_k") or 100, "top_k_ratio": about.get("top_k_ratio")}
+    options |= {"dtype": about.get("dtype")}
+    unusual = [f"{name} {value}" for name, value in options.items() if value not in (100, None, "float32")]
+    if metrics.get("deduplication"):
+        unusual.append(str(metrics["deduplication"]["method"]).upper())
+    if unusual:
+        return f"it was measured with {', '.join(unusual)}, which a user of the model would not have"
+    if (metrics.get("calibration") or None) != (calibration or None):
+        return "it was measured with another calibration than the processor has; evaluate again"
+    if not {*metrics["AP_per_class"]} & {*config.id2label.values()}:
+        return f"its classes ({', '.join(list(metrics['AP_per_class'])[:3])}, ...) are not the model's"
+    return None
+
+
+def _written(evaluation: Evaluation) -> float:
+    return (evaluation.folder / "metrics.json").stat().st_mtime
