@@ -6,6 +6,7 @@ cells: exact to `torchvision.ops.roi_align(aligned=True)`, without data-dependen
 serial CPU backward.
 """
 
+import copy
 import warnings
 
 import torch
@@ -39,6 +40,20 @@ class FeatureMaps(list):
         self.heights = per_level([shape[2] for shape in shapes], device)
         self.widths = per_level([shape[3] for shape in shapes], device)
         self.starts = per_level([sum(counts[:level]) for level in range(len(maps))], device)
+
+    def with_table(self, table: Tensor) -> "FeatureMaps":
+        """Return the same maps with another tensor of their cells, such as one on which a gradient is wanted."""
+        maps = copy.copy(self)
+        maps.table = table
+        return maps
+
+    def to(self, *args, **kwargs) -> "FeatureMaps":
+        """Return them on another device; Accelerate asks where a `device_map` divides a model."""
+        maps = copy.copy(self)
+        maps[:] = (level_map.to(*args, **kwargs) for level_map in self)
+        for name in ("table", "heights", "widths", "starts"):
+            setattr(maps, name, getattr(self, name).to(*args, **kwargs))
+        return maps
 
 
 def as_feature_maps(maps: list[Tensor], dtype: torch.dtype) -> FeatureMaps:
