@@ -1,5 +1,8 @@
 """LoRA through peft: which layers to name, and that adapters train, load and merge."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,6 +11,7 @@ from conftest import random_labels, random_pictures, tiny_config
 from drmm_hf import DrmmForObjectDetection
 
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "training.md"
 ATTENTION = ["attention.in_proj", "attention.out_proj"]
 FEED_FORWARD = ["feed_forward.0", "feed_forward.3"]
 
@@ -70,3 +74,13 @@ def test_every_linear_layer_may_have_an_adapter(model):
     adapters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert any("box_delta" in name for name in adapters)
     assert not [name for name, p in adapters.items() if p.grad is None or not p.grad.any()]
+
+
+def test_the_lines_of_the_documentation_run(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("runs/mine/best")
+    (code,) = re.findall(r"```python\n(from peft .*?)```", DOCUMENT.read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert scope["layers"] == [*ATTENTION, *FEED_FORWARD]
+    torch.testing.assert_close(scope["merged"].state_dict(), model.state_dict())
