@@ -27,14 +27,14 @@ class DrmmDecoderLayer(GradientCheckpointingLayer):
         self.stage = STAGES[config.decoder_type](config)
         self.head = HEADS[config.head_type](config)
 
-    def forward(self, features: Tensor, table: Tensor, boxes: Tensor, maps: FeatureMaps) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, table: Tensor, boxes: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
         """Return the new features `(B, K, hidden_size)`, then each tensor of the stage's predictions.
 
         `table` is that of `maps`, boxes are xyxy in pixels. All is flat because reentrant checkpointing gives
         gradients to the tensors among a layer's arguments and outputs, not to those within other objects.
         """
-        if table is not maps.table:
-            maps = maps.with_table(table)
+        if getattr(maps, "table", None) is not table:  # what wraps layers copies arguments, and makes a list of a list
+            maps = FeatureMaps(maps, table=table)
         features = self.stage(maps, boxes, features)
         return features, *self.head(features, boxes)
 

@@ -110,7 +110,7 @@ class DrmmPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DrmmDecoderLayer", "DrmmQueries"]
+    _no_split_modules = ["DrmmDecoderLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"queries.boxes"}
