@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests scripts
 
-.PHONY: install quickstart test quality style docs notebooks browser clean
+.PHONY: install quickstart test quality style docs notebooks browser conformance conformance-peers clean
 
 install: .venv/installed
 
@@ -18,6 +18,14 @@ quickstart: install  ## train on generated pictures, evaluate, detect: 10 minute
 
 test: install  ## all tests, offline
 	$(BIN)/python -m pytest -n auto
+
+conformance: install  ## transformers' own common tests on our classes: fetches its source distribution
+	$(BIN)/python -m pip install --quiet --editable ".[dev,conformance]"
+	$(BIN)/python -m pytest tests/conformance/test_drmm.py
+
+conformance-peers: install  ## the same on transformers' own detectors, which fail some of them
+	$(BIN)/python -m pip install --quiet --editable ".[dev,conformance]"
+	-$(BIN)/python -m pytest tests/conformance/test_peers.py --tb=line
 
 quality: install  ## style and lint, changing nothing
 	$(BIN)/ruff check $(SOURCES)

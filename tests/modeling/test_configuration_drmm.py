@@ -9,6 +9,7 @@ from transformers import AutoConfig, ResNetConfig, SwinConfig
 
 from conftest import STAGES, tiny_config
 from drmm_hf import DrmmConfig
+from drmm_hf.modeling.configuration_drmm import logger
 
 
 NUMBERS = {
@@ -139,6 +140,26 @@ def test_an_unknown_field_names_the_nearest(name, nearest):
     if name != "num_classes":
         with pytest.raises(ValueError, match=f"nearest is '{nearest}'"):
             tiny_config(**{name: 3})
+
+
+def test_what_was_set_on_a_config_does_not_keep_its_checkpoint_from_loading(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(logger, "warning", said.append)
+    config = tiny_config()
+    config.batch_norm_eps = 1.0
+    config.save_pretrained(tmp_path)
+    for load in (DrmmConfig.from_pretrained, AutoConfig.from_pretrained):
+        loaded = load(tmp_path)
+        assert loaded.batch_norm_eps == 1.0 and loaded.num_queries == config.num_queries
+    assert said == ["batch_norm_eps=1.0 in the stored config is not a field of DrmmConfig: not used."] * 2
+
+
+def test_a_misspelt_field_is_refused_in_a_stored_config_too(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"mcm_wieght": 0.3}))
+    with pytest.raises(ValueError, match="mcm_wieght=0.3 is not a field of DrmmConfig; the nearest is 'mcm_weight'"):
+        DrmmConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("backbone", [{}, {"model_type": "resnt"}, {"depths": [1, 1, 1, 1]}, {"model_type": None}])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import SwinConfig, TimmBackboneConfig
+from transformers import AutoModelForObjectDetection, SwinConfig, TimmBackboneConfig
 
 from conftest import STAGES, random_labels, random_pictures, tiny_config
 from drmm_hf import DrmmForObjectDetection, DrmmModel
@@ -157,6 +157,13 @@ class TestTypes:
         model = DrmmForObjectDetection.from_pretrained(folder, dtype=torch.float64)
         outputs = model(random_pictures().double(), labels=random_labels(3, 0))
         assert {outputs[name].dtype for name in (*PREDICTIONS, "loss")} == {torch.float64}
+
+    @pytest.mark.parametrize(
+        ("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2]
+    )
+    def test_query_boxes_of_a_new_model_are_float32_at_least(self, dtype, kept):
+        model = AutoModelForObjectDetection.from_config(tiny_config(), dtype=dtype)
+        assert model.model.queries.boxes.dtype == kept and model.model.queries.features.dtype == dtype
 
     def test_bfloat16_keeps_pixels(self, folder):
         """Query boxes stay float32, so that only the rounding of features moves a box."""
@@ -404,7 +411,7 @@ class TestGradients:
         else:
             assert loss.item() == 0 and not any(norms.values())
 
-    @pytest.mark.parametrize("arguments", [None, {"use_reentrant": False}], ids=str)
+    @pytest.mark.parametrize("arguments", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
     def test_checkpointing_recomputes_the_same(self, arguments, monkeypatch):
         calls, forward = [], SparseRcnnStage.forward
         monkeypatch.setattr(SparseRcnnStage, "forward", lambda *args: calls.append(1) or forward(*args))
@@ -418,6 +425,21 @@ class TestGradients:
         assert len(calls) == 6
         for name, value in model.named_parameters():
             torch.testing.assert_close(value.grad, plain[name], rtol=1e-5, atol=1e-7)
+
+    def test_hidden_states_and_attentions_are_given_on_request(self):
+        model, pictures = disturbed(), random_pictures()
+        model.set_attn_implementation("eager")
+        plain = model(pictures)
+        assert plain.hidden_states is None and plain.attentions is None
+        outputs = model(pictures, output_hidden_states=True, output_attentions=True)
+        assert [states.shape for states in outputs.hidden_states] == [(2, 12, 16)] * 3
+        initial = model.model.queries.features.expand(2, -1, -1)
+        torch.testing.assert_close(outputs.hidden_states[0], initial)
+        assert torch.equal(outputs.hidden_states[-1], plain.last_hidden_state)
+        assert [weights.shape for weights in outputs.attentions] == [(2, 2, 12, 12)] * 2
+        for weights in outputs.attentions:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 12))
+        assert torch.equal(outputs.pred_boxes, plain.pred_boxes)
 
     def test_attention_implementations_agree(self):
         model, pictures = disturbed(), random_pictures()

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .backbone import STRIDES
 from .boxes import xyxy_to_xyzr
-from .query_layers import DrmmSelfAttention, FeedForward, linear_in, overlap_bias
+from .query_layers import DrmmSelfAttention, FeedForward, TypedLinear, overlap_bias
 from .roi_pooling import as_feature_maps, image_of_row, per_level, weighted_sums
 
 
@@ -144,7 +144,7 @@ class AdaMixerStage(nn.Module):
         self.iof_scale = nn.Parameter(torch.empty(config.num_attention_heads))
         self.attention = DrmmSelfAttention(config)
         self.attention_norm = nn.LayerNorm(width)
-        self.sampling_offset = nn.Linear(width, self.groups * self.points * 3)
+        self.sampling_offset = TypedLinear(width, self.groups * self.points * 3)
         self.mixing = AdaptiveMixing(config)
         self.mixing_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(config)
@@ -169,7 +169,7 @@ class AdaMixerStage(nn.Module):
         bias = overlap_bias(boxes, self.iof_scale)
         features = self.attention_norm(placed + self.dropout(self.attention(placed, bias)[0]))
         with torch.autocast(boxes.device.type, enabled=False):
-            offsets = linear_in(self.sampling_offset, features, boxes.dtype)
+            offsets = self.sampling_offset(features, boxes.dtype)
             points = sample_points(xyzr, offsets.unflatten(-1, (-1, 3)))
             samples = sample_maps(maps, points.unflatten(-2, (self.groups, self.points)), STRIDES)
         features = self.mixing_norm(features + self.dropout(self.mixing(features, samples)))

@@ -54,7 +54,8 @@ class FoldingConvLayer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the normalised and activated convolution of `hidden_states`, `(B, C, H, W)`."""
         convolution, norm = self.convolution, self.normalization
-        if norm.training or torch.is_grad_enabled():
+        # Offloaded weights are there only while their own module runs.
+        if norm.training or torch.is_grad_enabled() or convolution.weight.is_meta:
             hidden_states = norm(convolution(hidden_states))
         else:
             dtype = torch.promote_types(norm.weight.dtype, torch.float32)

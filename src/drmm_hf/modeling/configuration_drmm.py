@@ -14,7 +14,10 @@ from huggingface_hub.dataclasses import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # What a saved config.json or the library itself may pass besides the fields below.
 _LIBRARY_KEYWORDS = {
@@ -168,7 +171,14 @@ class DrmmConfig(PreTrainedConfig):
     """
 
     model_type = "drmm"
-    keys_to_ignore_at_inference = ["loss_dict", "auxiliary_outputs", "last_hidden_state"]  # by transformers' Trainer
+    # by transformers' Trainer
+    keys_to_ignore_at_inference = [
+        "loss_dict",
+        "auxiliary_outputs",
+        "last_hidden_state",
+        "hidden_states",
+        "attentions",
+    ]
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -238,10 +248,10 @@ class DrmmConfig(PreTrainedConfig):
     category_ids: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        known = {field.name for field in fields(self)} | set(self.attribute_map)
         for name in kwargs:
-            if name not in known | _LIBRARY_KEYWORDS:
-                nearest = difflib.get_close_matches(name, sorted(known | {"num_labels"}), n=1, cutoff=0)
+            if name not in self._known_names():
+                offered = (self._known_names() - _LIBRARY_KEYWORDS) | {"num_labels"}
+                nearest = difflib.get_close_matches(name, sorted(offered), n=1, cutoff=0)
                 raise ValueError(
                     f"{name}={kwargs[name]!r} is not a field of DrmmConfig; the nearest is {nearest[0]!r}."
                 )
@@ -271,7 +281,8 @@ class DrmmConfig(PreTrainedConfig):
         """Build from stored fields and others that replace them, and check the whole.
 
         A new set of labels replaces all that was stored about the old one; with another decoder or head, fields whose
-        default follows from it are determined anew unless they are given.
+        default follows from it are determined anew unless they are given. What somebody set on a config before it was
+        saved and is no field, nor a field misspelt, is kept with a warning: a checkpoint that was saved can be loaded.
         """
         num_stored = len(config_dict.get("id2label") or ())
         if "id2label" in kwargs or kwargs.get("num_labels", num_stored) != num_stored:
@@ -287,7 +298,21 @@ class DrmmConfig(PreTrainedConfig):
         # Set on the finished object, as the library does, they would never be checked.
         own = {field.name for field in fields(cls)} & set(cls.__annotations__) - {"backbone_config"}
         config_dict = config_dict | {name: kwargs.pop(name) for name in own & kwargs.keys()}
-        return super().from_dict(config_dict, **kwargs)
+        others = {name: config_dict[name] for name in config_dict.keys() - cls._known_names()}
+        for name in sorted(others):
+            if difflib.get_close_matches(name, cls._known_names(), cutoff=0.8):
+                del others[name]  # misspelt: refused below
+            else:
+                logger.warning(f"{name}={others[name]!r} in the stored config is not a field of DrmmConfig: not used.")
+        config_dict = {name: value for name, value in config_dict.items() if name not in others}
+        built = super().from_dict(config_dict, **kwargs)
+        for name, value in others.items():
+            setattr(built[0] if isinstance(built, tuple) else built, name, value)
+        return built
+
+    @classmethod
+    def _known_names(cls) -> set[str]:
+        return {field.name for field in fields(cls)} | set(cls.attribute_map) | _LIBRARY_KEYWORDS
 
     def validate_architecture(self):
         """Check what no single field can say about itself.

@@ -6,7 +6,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adamixer_stage import AdaMixerStage
 from .boxes import BoxPredictions
-from .heads import HEADS
+from .heads import HEADS, PREDICTIONS
 from .mixture import MixtureParameters, take_components
 from .roi_pooling import FeatureMaps
 from .sparse_rcnn_stage import SparseRcnnStage
@@ -27,12 +27,16 @@ class DrmmDecoderLayer(GradientCheckpointingLayer):
         self.stage = STAGES[config.decoder_type](config)
         self.head = HEADS[config.head_type](config)
 
-    def forward(
-        self, features: Tensor, maps: list[Tensor], boxes: Tensor
-    ) -> tuple[Tensor, MixtureParameters | BoxPredictions]:
-        """Return the new features `(B, K, hidden_size)` and the stage's predictions, from boxes xyxy in pixels."""
+    def forward(self, features: Tensor, table: Tensor, boxes: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the new features `(B, K, hidden_size)`, then each tensor of the stage's predictions.
+
+        `table` is that of `maps`, boxes are xyxy in pixels. All is flat because reentrant checkpointing gives
+        gradients to the tensors among a layer's arguments and outputs, not to those within other objects.
+        """
+        if getattr(maps, "table", None) is not table:  # what wraps layers copies arguments, and makes a list of a list
+            maps = FeatureMaps(maps, table=table)
         features = self.stage(maps, boxes, features)
-        return features, self.head(features, boxes)
+        return features, *self.head(features, boxes)
 
 
 class DrmmDecoder(nn.Module):
@@ -66,7 +70,10 @@ class DrmmDecoder(nn.Module):
         """
         maps, stages = FeatureMaps(maps, boxes.dtype), []
         for layer, num_kept in zip(self.layers, self.config.queries_per_stage, strict=True):
-            features, predictions = layer(features, maps, boxes)
+            features, *predictions = layer(features, maps.table, boxes, maps)
+            if predictions[0].device != boxes.device:  # the layers of one model on several devices
+                predictions = (value.to(boxes.device) for value in predictions)
+            predictions = PREDICTIONS[self.config.head_type](*predictions)
             if num_kept < predictions.boxes.shape[1]:
                 kept = torch.topk(predictions.objectness_logits, num_kept, dim=-1).indices
                 features, predictions = take_components(features, kept), predictions.select(kept)

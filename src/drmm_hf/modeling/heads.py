@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .boxes import BoxPredictions, move_cxcywh, move_xyzr, side_lengths
 from .mixture import MixtureParameters, log_mixing_coefficients
-from .query_layers import linear_in
+from .query_layers import TypedLinear
 
 
 class PredictionBranches(nn.Module):
@@ -41,8 +41,8 @@ class BoxHead(PredictionBranches):
 
     def __init__(self, config):
         super().__init__(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.box_delta = nn.Linear(config.hidden_size, 4)
+        self.classifier = TypedLinear(config.hidden_size, config.num_labels)
+        self.box_delta = TypedLinear(config.hidden_size, 4)
         self.decoder_type = config.decoder_type
         self.config = config
 
@@ -58,12 +58,12 @@ class BoxHead(PredictionBranches):
         """
         class_features, box_features = self.class_branch(features), self.box_branch(features)
         with torch.autocast(features.device.type, enabled=False):
-            delta = linear_in(self.box_delta, box_features, boxes.dtype)
+            delta = self.box_delta(box_features, boxes.dtype)
             if self.decoder_type == "adamixer":
                 moved = move_xyzr(boxes, delta)
             else:
                 moved = move_cxcywh(boxes, delta, self.config.max_log_size_delta)
-            return BoxPredictions(moved, linear_in(self.classifier, class_features, boxes.dtype))
+            return BoxPredictions(moved, self.classifier(class_features, boxes.dtype))
 
 
 class MixtureHead(PredictionBranches):
@@ -82,10 +82,10 @@ class MixtureHead(PredictionBranches):
     def __init__(self, config):
         super().__init__(config)
         width = config.hidden_size
-        self.objectness = nn.Linear(width, 1)
-        self.classifier = nn.Linear(width, config.num_labels)
-        self.box_delta = nn.Linear(width, 4)
-        self.box_scale = nn.Linear(width, 4)
+        self.objectness = TypedLinear(width, 1)
+        self.classifier = TypedLinear(width, config.num_labels)
+        self.box_delta = TypedLinear(width, 4)
+        self.box_scale = TypedLinear(width, 4)
         self.decoder_type = config.decoder_type
         self.config = config
 
@@ -101,9 +101,9 @@ class MixtureHead(PredictionBranches):
         """
         class_features, box_features = self.class_branch(features), self.box_branch(features)
         with torch.autocast(features.device.type, enabled=False):
-            raw_scale = linear_in(self.box_scale, box_features, boxes.dtype)
-            delta = linear_in(self.box_delta, box_features, boxes.dtype)
-            objectness_logits = linear_in(self.objectness, class_features, boxes.dtype).squeeze(-1)
+            raw_scale = self.box_scale(box_features, boxes.dtype)
+            delta = self.box_delta(box_features, boxes.dtype)
+            objectness_logits = self.objectness(class_features, boxes.dtype).squeeze(-1)
             scales = F.softplus(raw_scale)
             if self.config.box_delta_unit == "box":
                 sides = side_lengths(boxes).detach().abs().clamp(min=1)
@@ -117,10 +117,11 @@ class MixtureHead(PredictionBranches):
             return MixtureParameters(
                 boxes=locations,
                 scales=scales,
-                class_logits=linear_in(self.classifier, class_features, boxes.dtype),
+                class_logits=self.classifier(class_features, boxes.dtype),
                 objectness_logits=objectness_logits,
                 log_mixing=log_mixing_coefficients(objectness_logits),
             )
 
 
 HEADS = {"mixture": MixtureHead, "box": BoxHead}
+PREDICTIONS = {"mixture": MixtureParameters, "box": BoxPredictions}

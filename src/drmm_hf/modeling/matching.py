@@ -40,7 +40,7 @@ def match(cost: Tensor, valid: Tensor) -> Tensor:
         )
     # Validity travels inside the costs: infinite on pairs that must not be matched, NaN on valid ones in error.
     marked = torch.where(cost.isfinite(), cost.detach(), math.nan)
-    costs = torch.where(valid, marked, math.inf).cpu().double()
+    costs = torch.where(valid, marked, math.inf).cpu()
     wrong = costs.isnan().flatten(2).any(dim=-1).nonzero()
     if len(wrong):
         stage, picture = wrong[0].tolist()
@@ -50,7 +50,7 @@ def match(cost: Tensor, valid: Tensor) -> Tensor:
             "boxes of the labels, hold infinite values or NaN."
         )
     assigned = torch.full(costs.shape[:3], -1)
-    matrices, results = costs.numpy(), assigned.numpy()
+    matrices, results = costs.numpy().astype("float64"), assigned.numpy()
     for stage, picture in product(range(len(matrices)), range(matrices.shape[1])):
         open_pairs = matrices[stage, picture] < math.inf
         rows, columns = open_pairs.any(1).nonzero()[0], open_pairs.any(0).nonzero()[0]

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .adamixer_stage import AdaMixerStage, AdaptiveMixing, initial_offset_bias
 from .backbone import DrmmBackbone
@@ -24,7 +26,7 @@ from .criteria import (
     reduce_terms,
     stack_predictions,
 )
-from .decoder import DrmmDecoder
+from .decoder import DrmmDecoder, DrmmDecoderLayer
 from .heads import BoxHead, MixtureHead
 from .mixture import (
     MixtureParameters,
@@ -50,11 +52,17 @@ class DrmmModelOutput(ModelOutput):
         stages (`list[MixtureParameters]` or `list[BoxPredictions]`): what the head predicts after every stage, boxes
             xyxy in pixels of the model input. In training, each picture has `num_query_groups` rows.
         image_sizes (`torch.Tensor` of shape `(B, 2)`): (height, width) of the unpadded pictures, in pixels.
+        hidden_states (`tuple[torch.Tensor]`): with `output_hidden_states`, the query features `(B, K, hidden_size)`
+            before the first stage and after each; in training, each picture has `num_query_groups` rows.
+        attentions (`tuple[torch.Tensor]`): with `output_attentions` and eager attention, the weights
+            `(B, heads, K, K)` of the queries' self-attention in each stage.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     stages: list[MixtureParameters] | list[BoxPredictions] | None = None
     image_sizes: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -77,6 +85,8 @@ class DrmmObjectDetectionOutput(ModelOutput):
         last_hidden_state (`torch.Tensor` of shape `(B, K, hidden_size)`): query features after the last stage.
         scale_freedom (`torch.Tensor` of shape `(B,)`): degrees of freedom of the Student's t density that `box_scales`
             are scales of: 1 is Cauchy, infinity Gaussian; None with a box head. Intervals are made from it.
+        hidden_states (`tuple[torch.Tensor]`): as `DrmmModelOutput`, on request.
+        attentions (`tuple[torch.Tensor]`): as `DrmmModelOutput`, on request.
     """
 
     loss: torch.FloatTensor | None = None
@@ -89,6 +99,8 @@ class DrmmObjectDetectionOutput(ModelOutput):
     auxiliary_outputs: list[dict] | None = None
     last_hidden_state: torch.FloatTensor | None = None
     scale_freedom: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class DrmmPreTrainedModel(PublishedWithCode, PreTrainedModel):
@@ -103,6 +115,7 @@ class DrmmPreTrainedModel(PublishedWithCode, PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"queries.boxes"}
+    _can_record_outputs = {"hidden_states": DrmmDecoderLayer, "attentions": DrmmSelfAttention}
 
     def get_input_embeddings(self) -> None:
         """Return None: a picture is no sequence of tokens. Accelerate asks before it shards a model."""
@@ -196,9 +209,12 @@ class DrmmModel(DrmmPreTrainedModel):
         self.decoder = DrmmDecoder(config)
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
-        self, pixel_values: torch.FloatTensor, pixel_mask: torch.LongTensor | None = None, **kwargs
+        self,
+        pixel_values: torch.FloatTensor,
+        pixel_mask: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DrmmModelOutput:
         """Predict.
 
@@ -207,7 +223,8 @@ class DrmmModel(DrmmPreTrainedModel):
                 them.
             pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): 1 on the picture, which sits in the top-left
                 corner, 0 on padding. `None`: no padding.
-            **kwargs: accepted for the library's sake, not used; `return_dict=False` returns a tuple.
+            **kwargs: `output_hidden_states`, `output_attentions`; `return_dict=False` returns a tuple. Others are
+                accepted for the library's sake, not used.
 
         Returns:
             `DrmmModelOutput`: features, the predictions of every stage and the sizes of the unpadded pictures.
@@ -266,7 +283,7 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
         pixel_mask: torch.LongTensor | None = None,
         labels: list[dict] | None = None,
         output_auxiliary: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DrmmObjectDetectionOutput:
         """Detect, and with labels compute the loss.
 
@@ -279,7 +296,8 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
                 in [0, 1] of the unpadded picture).
             output_auxiliary (`bool`, *optional*): return the earlier stages in `auxiliary_outputs`; by default when
                 labels are given.
-            **kwargs: accepted for the library's sake, not used; `return_dict=False` returns a tuple.
+            **kwargs: `output_hidden_states`, `output_attentions`; `return_dict=False` returns a tuple. Others are
+                accepted for the library's sake, not used.
 
         Returns:
             `DrmmObjectDetectionOutput`: predictions of the last stage and, with labels, the loss.
@@ -310,6 +328,8 @@ class DrmmForObjectDetection(DrmmPreTrainedModel):
             auxiliary_outputs=predictions[:-1] or None,
             last_hidden_state=outputs.last_hidden_state,
             scale_freedom=freedom,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     @torch.no_grad()

@@ -41,7 +41,8 @@ class DrmmQueries(nn.Module):
         self.grid, self.size = config.proposal_grid, config.proposal_size
         self.num_queries, self.num_groups = config.num_queries, config.num_query_groups
         self.is_adamixer = config.decoder_type == "adamixer"
-        self.boxes = nn.Parameter(torch.empty(self.num_groups * self.num_queries, 4))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # 8 bits would round boxes to pixels
+        self.boxes = nn.Parameter(torch.empty(self.num_groups * self.num_queries, 4, dtype=dtype))
         self.features = nn.Parameter(torch.empty(self.num_groups * self.num_queries, config.hidden_size))
         self.train(self.training)
 

@@ -92,9 +92,13 @@ def overlap_bias(boxes: Tensor, scales: Tensor) -> Tensor:
     return scales[:, None, None] * log_overlap(boxes)[:, None].to(scales.dtype)
 
 
-def linear_in(layer: nn.Linear, features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a linear layer in `dtype`, whatever the type of its weights."""
-    return F.linear(features.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+class TypedLinear(nn.Linear):
+    """A linear layer that computes in the type asked for, whatever the type of its weights."""
+
+    def forward(self, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the outputs in `dtype`, by default that of the features."""
+        dtype = dtype or features.dtype
+        return F.linear(features.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class FeedForward(nn.Sequential):

@@ -7,6 +7,7 @@ serial CPU backward.
 """
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ class FeatureMaps(list):
 
     Args:
         maps (`list[torch.Tensor]`): the maps.
-        dtype (`torch.dtype`): type of the table, that of the boxes: bfloat16 would round bilinear weights, and the
-            sums of the backward, to 8 bits.
+        dtype (`torch.dtype`, *optional*): type of the table, that of the boxes: bfloat16 would round bilinear weights,
+            and the sums of the backward, to 8 bits. By default that of the maps.
+        table (`torch.Tensor`, *optional*): the table, where it is there already.
 
     Attributes:
         table (`torch.Tensor` of shape `(sum of B * H_l * W_l, C)`): level by level, picture by picture, row by row.
@@ -31,14 +33,16 @@ class FeatureMaps(list):
         starts (`torch.Tensor` of shape `(L,)`): row of the table where each level starts.
     """
 
-    def __init__(self, maps: list[Tensor], dtype: torch.dtype):
+    def __init__(self, maps: Iterable[Tensor], dtype: torch.dtype | None = None, table: Tensor | None = None):
         super().__init__(maps)
-        self.table = torch.cat([level_map.permute(0, 2, 3, 1).flatten(0, 2) for level_map in maps]).to(dtype)
-        shapes, device = [level_map.shape for level_map in maps], self.table.device
+        if table is None:
+            table = torch.cat([level_map.permute(0, 2, 3, 1).flatten(0, 2) for level_map in self]).to(dtype)
+        self.table = table
+        shapes, device = [level_map.shape for level_map in self], self.table.device
         counts = [batch * height * width for batch, _, height, width in shapes]
         self.heights = per_level([shape[2] for shape in shapes], device)
         self.widths = per_level([shape[3] for shape in shapes], device)
-        self.starts = per_level([sum(counts[:level]) for level in range(len(maps))], device)
+        self.starts = per_level([sum(counts[:level]) for level in range(len(self))], device)
 
 
 def as_feature_maps(maps: list[Tensor], dtype: torch.dtype) -> FeatureMaps:
