@@ -28,7 +28,7 @@ from pkgutil import walk_packages
 import drmm_hf
 
 for module in walk_packages(drmm_hf.__path__, "drmm_hf."):
-    if module.name != "drmm_hf.__main__":
+    if module.name not in ("drmm_hf.__main__", "drmm_hf.demo.app"):  # which runs, and which needs gradio
         import_module(module.name)
 assert paper_table(1)
 places = {Path(m.__file__).resolve() for n, m in list(sys.modules.items()) if n.startswith("drmm_") and m.__file__}
