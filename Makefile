@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests scripts
 
-.PHONY: install quickstart test quality style clean
+.PHONY: install quickstart test quality style bench clean
 
 install: .venv/installed
 
@@ -26,6 +26,9 @@ quality: install  ## style and lint, changing nothing
 style: install  ## mend style and lint
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+bench: install  ## measure again all that docs/performance.md shows: an hour on one core
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/measure_page.py docs/performance.md
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .ruff_cache .hypothesis
