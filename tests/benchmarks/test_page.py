@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from drmm_hf.benchmarks.page import commands, rewritten, run
+from drmm_hf.benchmarks.page import commands, rewritten
 from drmm_hf.commands import benchmark
 
 
@@ -58,11 +58,6 @@ def test_the_script_runs_what_is_asked_for(tmp_path, monkeypatch):
     before, after = page.read_text().split("older")[0], page.read_text()
     assert "old\nlines" in before and "older" not in after
     assert "3 boxes of each of 1 pictures of 64 x 96" in after and "1 threads, 1 turns each" in after
-
-
-def test_files_that_were_written_are_left_out(tmp_path):
-    printed = run(f"{SECOND} --output {tmp_path / 'pooling.json'}")
-    assert (tmp_path / "pooling.json").exists() and str(tmp_path) not in printed
 
 
 @pytest.mark.parametrize("command", commands((ROOT / "docs" / "performance.md").read_text()))

@@ -247,6 +247,10 @@ def test_float16_of_box_heads_is_that_of_torch(tmp_path):
     assert sizes[onnx.TensorProto.FLOAT16] > 0.9 * sizes.total()
 
 
+def weight_bytes(path):
+    return sum(onnx.numpy_helper.to_array(one).nbytes for one in onnx.load(path).graph.initializer)
+
+
 def linear_of_eight_bits(x, weight, bias=None, linear=F.linear):
     """Multiply as the graph should: each row of the weights in 255 steps, all inputs together in 256."""
     step = weight.abs().amax(1, keepdim=True) / 127
@@ -266,16 +270,19 @@ def test_eight_bits_are_those_of_the_linear_layers(exported, tmp_path):
     unused = 4  # classes (two layers), objectness and scales of the first of two stages
     assert int8["MatMulInteger"] == len(linear) - unused == float32["MatMul"] - int8["MatMul"]
     assert int8["Conv"] == float32["Conv"]
-    before, after = ((path / "model.onnx").stat().st_size for path in (folder, tmp_path / "int8"))
-    saved = 3 * sum(layer.weight.numel() for layer in linear)  # bytes, less what says how they were rounded
-    print(before, after, saved)
-    assert before - after > 0.5 * saved
+    before, after = (folder / "model.onnx", tmp_path / "int8" / "model.onnx")
+    saved = 3 * sum(layer.weight.numel() for layer in linear)
+    assert weight_bytes(before) - weight_bytes(after) > 0.8 * saved  # some of it says how they were rounded
+    assert before.stat().st_size - after.stat().st_size > 0.8 * saved
     graph, plain = ExportedDetector(tmp_path / "int8"), DetectionGraph(model)
     rounding = differences_of(plain, graph, processor)
     with patch("torch.nn.functional.linear", linear_of_eight_bits):
         found = differences_of(plain, graph, processor)
-    print(rounding, found)
-    assert found["score"] < 0.1 * rounding["score"]
+    assert rounding["score"] > 1e-3 and rounding["box_px"] > 0.01
+    if model.config.decoder_type == "sparse_rcnn":
+        assert found["missing"] == 0 and found["box_share"] <= 1e-4 and found["score"] <= 1e-5
+    else:  # some of its many inputs lie so near the middle of two steps that the last bit decides
+        assert found["score"] < rounding["score"] / 2 and found["box_px"] < rounding["box_px"] / 2
 
 
 @pytest.mark.parametrize(

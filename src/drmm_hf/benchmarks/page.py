@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
+
+from .tables import TABLES
 
 
 _COMMAND_AND_OUTPUT = re.compile(
@@ -42,13 +47,13 @@ def rewritten(text: str, printed: Mapping[str, str]) -> str:
 
 
 def run(command: str) -> str:
-    """Run a command line in a process of its own and return what it prints, but not which files it wrote.
+    """Run a command line in a process of its own and return the table that it prints.
 
     Args:
         command (`str`): One of `commands`.
 
     Returns:
-        `str`: Its lines.
+        `str`: The table.
 
     Raises:
         subprocess.CalledProcessError: If it fails.
@@ -56,6 +61,8 @@ def run(command: str) -> str:
     words = command.split()
     start = words.index("drmm")
     variables = dict(word.split("=", 1) for word in words[:start])
-    line = [sys.executable, "-m", "drmm_hf", *words[start + 1 :]]
-    done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | variables)
-    return "\n".join(line for line in done.stdout.splitlines() if not line.startswith("written to "))
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "figures.json"
+        line = [sys.executable, "-m", "drmm_hf", *words[start + 1 :], "--output", str(output)]
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL, env=os.environ | variables)
+        return TABLES[words[start + 2]](json.loads(output.read_text(encoding="utf-8")))

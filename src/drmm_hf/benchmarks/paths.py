@@ -29,8 +29,10 @@ def _norm_as_layer(layer: FoldingConvLayer, hidden_states: Tensor) -> Tensor:
 def _channels_first(model: DrmmForObjectDetection) -> Iterator[None]:
     network = model.model.backbone.network
     hook = network.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    yield
-    hook.remove()
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _pool_by_level(maps: list[Tensor], boxes: Tensor, *_: Any) -> Tensor:
@@ -61,13 +63,23 @@ def sample_by_level(maps: list[Tensor], points: Tensor, strides: tuple[int, ...]
     return total.unflatten(0, (batch, groups)).transpose(1, 2)
 
 
+def _no_table(model: DrmmForObjectDetection) -> Any:
+    return patch.object(decoder, "FeatureMaps", lambda maps, dtype: maps)
+
+
+@contextmanager
+def _plain(module: Any, name: str, function: Callable[..., Tensor], model: DrmmForObjectDetection) -> Iterator[None]:
+    with _no_table(model), patch.object(module, name, function):  # the table is there for the sums alone
+        yield
+
+
 # By what is taken away: how, for a model.
 PATHS: dict[str, Callable[[DrmmForObjectDetection], Any]] = {
     "norms in convolutions": lambda model: patch.object(FoldingConvLayer, "forward", _norm_as_layer),
     "channels last": contextmanager(_channels_first),
-    "one table for all stages": lambda model: patch.object(decoder, "FeatureMaps", lambda maps, dtype: maps),
-    "one sum a region": lambda model: patch.object(sparse_rcnn_stage, "pool_regions", _pool_by_level),
-    "one sum a point": lambda model: patch.object(adamixer_stage, "sample_maps", sample_by_level),
+    "one table for all stages": _no_table,
+    "one sum a region": partial(_plain, sparse_rcnn_stage, "pool_regions", _pool_by_level),
+    "one sum a point": partial(_plain, adamixer_stage, "sample_maps", sample_by_level),
 }
 OF_DECODER = {"sparse_rcnn": "one sum a region", "adamixer": "one sum a point"}
 

@@ -80,14 +80,14 @@ def training_table(figures: Mapping[str, Any]) -> str:
         `str`: A line a part of the step, then a line a model: medians, and the spread in brackets.
     """
     on_cpu = figures["device"] == "cpu"
-    lines = [f"{'part':<18}{'ms':>26}{'share':>8}" + (f"{'ms of processors':>26}{'share':>8}" if on_cpu else "")]
+    lines = [f"{'part':<18}{'ms':>28}{'share':>8}" + (f"{'ms of processors':>28}{'share':>8}" if on_cpu else "")]
     for name, part in figures["parts"].items():
         columns = [("seconds", "share"), *([("processor_seconds", "processor_share")] if on_cpu else [])]
         lines.append(
             f"{name.replace('_', ' '):<18}"
-            + "".join(f"{_spread(part[time], 1, 1000):>26}{part[share]['median']:>8.1%}" for time, share in columns)
+            + "".join(f"{_spread(part[time], 1, 1000):>28}{part[share]['median']:>8.1%}" for time, share in columns)
         )
-    lines.append(f"{'pictures a second':<18}{_spread(figures['pictures_per_second'], 2):>26}")
+    lines.append(f"{'pictures a second':<18}{_spread(figures['pictures_per_second'], 2):>28}")
     clock = "processor_seconds" if on_cpu else "seconds"
     lines += [
         "",
