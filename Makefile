@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests scripts
 
-.PHONY: install quickstart test quality style docs notebooks browser conformance conformance-peers clean
+.PHONY: install quickstart test quality style docs notebooks browser conformance conformance-peers bench clean
 
 install: .venv/installed
 
@@ -53,6 +53,9 @@ notebooks: .venv/docs  ## execute copies of the notebooks in build/notebooks: 3 
 
 browser: .venv/browser  ## the demo in headless Chromium, which must be installed with its driver
 	$(BIN)/python -m pytest tests/demo tests/browser
+
+bench: install  ## measure again all that docs/performance.md shows: an hour on one core
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/measure_page.py docs/performance.md
 
 clean:
 	rm -rf .venv runs docs/notebooks/runs build dist .pytest_cache .ruff_cache .hypothesis

@@ -179,22 +179,26 @@ class Pass:
             "bytes": None if memory is None else memory.added,
         }
 
+    def timed_parts(self) -> dict[str, Seconds]:
+        """Detect once and return what each part took, of a detector of this package that is not compiled."""
+        stopwatch = Stopwatch(self.device)
+        hooks = [
+            getattr(self.model.model, name).register_forward_hook(lambda *_, n=name: stopwatch.mark(n))
+            for name in PARTS
+        ]
+        self()
+        stopwatch.mark("rest")
+        for hook in hooks:
+            hook.remove()
+        return stopwatch.parts()
+
     def parts(self, repetitions: int) -> dict[str, dict[str, float]] | None:
         """Return the share of each part in the time; None for a compiled model and for peers."""
         if self.run is not self.model or not isinstance(self.model, DrmmForObjectDetection):
             return None
         turns = []
         for _ in range(repetitions):
-            stopwatch = Stopwatch(self.device)
-            hooks = [
-                getattr(self.model.model, name).register_forward_hook(lambda *_, n=name, s=stopwatch: s.mark(n))
-                for name in PARTS
-            ]
-            self()
-            stopwatch.mark("rest")
-            for hook in hooks:
-                hook.remove()
-            costs = {name: seconds.cost(self.device) for name, seconds in stopwatch.parts().items()}
+            costs = {name: seconds.cost(self.device) for name, seconds in self.timed_parts().items()}
             turns.append({name: cost / sum(costs.values()) for name, cost in costs.items()})
         return {name: summary([turn[name] for turn in turns]) for name in turns[0]}
 

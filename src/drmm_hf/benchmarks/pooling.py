@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,7 @@ def benchmark_pooling(
     sides = (0.03 + 0.7 * torch.rand(batch_size, num_boxes, 2, generator=generator) ** 2) * frame
     starts = torch.rand(batch_size, num_boxes, 2, generator=generator) * (frame - sides)
     boxes = torch.cat([starts, starts + sides], -1).to(device)
-    ways = {"drmm": partial(_ours, maps, boxes), "torchvision": partial(_torchvision, maps, boxes)}
+    ways = {"drmm": partial(_ours, maps, boxes), "torchvision": partial(pool_by_level, maps, boxes)}
 
     def timed(pool: Callable[[], Tensor]) -> dict[str, Seconds]:
         for one in maps:
@@ -99,8 +99,16 @@ def _ours(maps: list[Tensor], boxes: Tensor) -> Tensor:
     return pool_regions(maps, boxes, STRIDES, SIZE, SAMPLING_RATIO, LEVEL_BASE).flatten(0, 1)
 
 
-def _torchvision(maps: list[Tensor], boxes: Tensor) -> Tensor:
-    """Pool each level's boxes from its map by `roi_align`, as detectors on torchvision's operator do."""
+def pool_by_level(maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
+    """Pool each level's boxes from its map by `roi_align`, as detectors on torchvision's operator do.
+
+    Args:
+        maps (`Sequence[torch.Tensor]`): Pyramid maps of shape `(B, C, H_l, W_l)` at `STRIDES`.
+        boxes (`torch.Tensor` of shape `(B, K, 4)`): xyxy, pixels of the model input.
+
+    Returns:
+        `torch.Tensor` of shape `(B * K, SIZE * SIZE, C)`: what `pool_regions` gives with the constants of this file.
+    """
     levels = roi_levels(boxes, len(maps), LEVEL_BASE).flatten()
     images = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
     regions = torch.cat([images[:, None].to(boxes.dtype), boxes.flatten(0, 1)], -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .inference import slope
+from .inference import PARTS, slope
 from .peers import PEERS
 
 
@@ -80,14 +80,14 @@ def training_table(figures: Mapping[str, Any]) -> str:
         `str`: A line a part of the step, then a line a model: medians, and the spread in brackets.
     """
     on_cpu = figures["device"] == "cpu"
-    lines = [f"{'part':<18}{'ms':>26}{'share':>8}" + (f"{'ms of processors':>26}{'share':>8}" if on_cpu else "")]
+    lines = [f"{'part':<18}{'ms':>28}{'share':>8}" + (f"{'ms of processors':>28}{'share':>8}" if on_cpu else "")]
     for name, part in figures["parts"].items():
         columns = [("seconds", "share"), *([("processor_seconds", "processor_share")] if on_cpu else [])]
         lines.append(
             f"{name.replace('_', ' '):<18}"
-            + "".join(f"{_spread(part[time], 1, 1000):>26}{part[share]['median']:>8.1%}" for time, share in columns)
+            + "".join(f"{_spread(part[time], 1, 1000):>28}{part[share]['median']:>8.1%}" for time, share in columns)
         )
-    lines.append(f"{'pictures a second':<18}{_spread(figures['pictures_per_second'], 2):>26}")
+    lines.append(f"{'pictures a second':<18}{_spread(figures['pictures_per_second'], 2):>28}")
     clock = "processor_seconds" if on_cpu else "seconds"
     lines += [
         "",
@@ -138,6 +138,17 @@ def loss_table(figures: Mapping[str, Any]) -> str:
             f"{_spread(theirs[clock], 1, 1000):>28}{_spread(case['ratio'], 1):>22}"
             f"{_mebibytes(ours['peak_bytes']):>7}{_mebibytes(theirs['peak_bytes']):>9}"
         )
+    for queries in dict.fromkeys(case["num_queries"] for case in figures["cases"]):
+        cases = [case for case in figures["cases"] if case["num_queries"] == queries]
+        if len({case["num_objects"] for case in cases}) > 1:
+            (start, rise), (_, rise_of_theirs) = (
+                slope([(case["num_objects"], 1000 * case[name][clock]["median"]) for case in cases])
+                for name in ("drmm", "deformable_detr")
+            )
+            lines.append(
+                f"{queries} queries: about {start:.0f} ms and {rise:.2f} more for each object of a picture; "
+                f"Deformable DETR {rise_of_theirs:.1f}"
+            )
     return "\n".join(
         [
             *lines,
@@ -185,16 +196,18 @@ def inference_table(figures: Mapping[str, Any]) -> str:
     """
     clock = "processor_seconds" if figures["device"] == "cpu" else "seconds"
     width = max(24, *(len(one["name"]) + 2 for one in figures["contestants"]))
+    # Threads wait for each other, which costs processors and no time of the clock on the wall.
+    with_wall = clock == "processor_seconds" and figures["threads"] > 1
     lines = [
         f"{'one pass':<{width}}{'type':<18}{'ms':>24}{'ratio':>20}{'GFLOP':>7}{'of roofline':>20}{'MiB':>6}"
-        f"{'params (M)':>12}"
+        f"{'params (M)':>12}" + (f"{'ms of wall clock':>24}" if with_wall else "")
     ]
     for one in figures["contestants"]:
         kind = one["dtype"] + (" compiled" if one["compiled"] else "")
         lines.append(
             f"{one['name']:<{width}}{kind:<18}{_spread(one[clock], 0, 1000):>24}{_spread(one['ratio'], 2):>20}"
             f"{one['flops'] / 1e9:>7.0f}{_spread(one['roofline_share'], 2):>20}{_mebibytes(one['bytes']):>6}"
-            f"{one['num_parameters'] / 1e6:>12.1f}"
+            f"{one['num_parameters'] / 1e6:>12.1f}" + (f"{_spread(one['seconds'], 0, 1000):>24}" if with_wall else "")
         )
     lines.append("")
     for one in figures["contestants"]:
@@ -269,7 +282,35 @@ def pooling_table(figures: Mapping[str, Any]) -> str:
     )
 
 
+def paths_table(figures: Mapping[str, Any]) -> str:
+    """Return the figures of the benchmark of fast paths as lines of text.
+
+    Args:
+        figures (`Mapping`): From `drmm_hf.benchmarks.paths.benchmark_paths`.
+
+    Returns:
+        `str`: For each detector a line for each path that is left out.
+    """
+    lines = []
+    for name, rows in figures["detectors"].items():
+        lines.append(f"{name + ', without':<36}{'ms':>22}{'ratio':>20}" + "".join(f"{part:>10}" for part in PARTS))
+        for left_out, row in rows.items():
+            parts = "".join(f"{1000 * row[part]['median']:>10.0f}" for part in PARTS)
+            lines.append(f"{left_out:<36}{_spread(row['cost'], 0, 1000):>22}{_spread(row['ratio'], 2):>20}{parts}")
+        lines.append("")
+    height, width = figures["size"]
+    on_cpu = figures["device"] == "cpu"
+    return "\n".join(
+        [
+            *lines,
+            f"{figures['batch_size']} x {height} x {width}, {figures['dtype']}, {figures['device']}, "
+            f"{figures['threads']} threads, {figures['repetitions']} turns each{', processor time' if on_cpu else ''}",
+        ]
+    )
+
+
 TABLES = {
+    "paths": paths_table,
     "pooling": pooling_table,
     "infer": inference_table,
     "train": training_table,

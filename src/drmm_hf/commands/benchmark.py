@@ -152,6 +152,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pooling.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="pictures (default: 1)")
     pooling.add_argument("--boxes", type=at_least(1), default=300, metavar="K", help="boxes a picture (default: 300)")
     pooling.add_argument("--repetitions", type=at_least(1), default=5, metavar="N", help="turns (default: 5)")
+
+    paths = kinds.add_parser("paths", help="a pass without each of its fast paths, beside the pass as it is")
+    paths.set_defaults(measure=_paths)
+    paths.add_argument(
+        "--model",
+        nargs="+",
+        metavar="MODEL_OR_RECIPE",
+        help="detectors (default: R50 on Sparse R-CNN and on AdaMixer)",
+    )
+    paths.add_argument(
+        "--size", type=at_least(1), nargs=2, default=[800, 1344], metavar=("H", "W"), help="input (default: 800 1344)"
+    )
+    paths.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="pictures (default: 1)")
+    paths.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of weights and pictures (default: float32)",
+    )
+    paths.add_argument("--repetitions", type=at_least(1), default=3, metavar="N", help="turns (default: 3)")
     for kind in kinds.choices.values():
         kind.add_argument("--output", metavar="FILE", help="where to write the figures as json")
 
@@ -183,31 +203,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inference(args: argparse.Namespace) -> dict[str, Any]:
-    from ..benchmarks.inference import benchmark_inference
+def _detectors(models: list[str] | None) -> dict[str, Any]:
+    """Return configs of models and recipes by their names; of D-RMM on ResNet-50 if none are named."""
     from ..conversion.model_source import find_source
     from ..modeling.configuration_drmm import DrmmConfig
     from ..training.arguments import load_recipe
 
+    if not models:
+        return {
+            "D-RMM R50, Sparse R-CNN": DrmmConfig(),
+            "D-RMM R50, AdaMixer": DrmmConfig(decoder_type="adamixer", proposal_grid=None),
+        }
     configs = {}
-    for model in args.model or ():
+    for model in models:
         if model.endswith((".yaml", ".yml")):
             configs[model] = DrmmConfig(**load_recipe(model).model)
             continue
-        kind = DrmmConfig.get_config_dict(find_source(model))[0].get("model_type")
+        source = find_source(model)
+        kind = DrmmConfig.get_config_dict(source)[0].get("model_type")
         if kind != "drmm":
             raise ValueError(
                 f"model {model!r} is a {kind!r}; the rule is a D-RMM or a recipe. Others run with --peers."
             )
-        configs[model] = DrmmConfig.from_pretrained(find_source(model))
-    configs = configs or {
-        "D-RMM R50, Sparse R-CNN": DrmmConfig(),
-        "D-RMM R50, AdaMixer": DrmmConfig(decoder_type="adamixer", proposal_grid=None),
-    }
+        configs[model] = DrmmConfig.from_pretrained(source)
+    return configs
+
+
+def _inference(args: argparse.Namespace) -> dict[str, Any]:
+    from ..benchmarks.inference import benchmark_inference
+
     growing = {"height": args.heights, "batch_size": args.batch_sizes}
     growing |= {"num_queries": args.queries, "num_stages": args.stages}
     return benchmark_inference(
-        configs,
+        _detectors(args.model),
         height=args.size[0],
         width=args.size[1],
         batch_size=args.batch_size,
@@ -270,6 +298,20 @@ def _training(args: argparse.Namespace) -> dict[str, Any]:
     peers = [name for name in args.peers.split(",") if name]
     figures = benchmark_training(recipe, repetitions=args.repetitions, peers=peers)
     return figures
+
+
+def _paths(args: argparse.Namespace) -> dict[str, Any]:
+    from ..benchmarks.paths import benchmark_paths
+
+    height, width = args.size
+    return benchmark_paths(
+        _detectors(args.model),
+        height=height,
+        width=width,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        repetitions=args.repetitions,
+    )
 
 
 def _pooling(args: argparse.Namespace) -> dict[str, Any]:

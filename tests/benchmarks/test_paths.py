@@ -1,0 +1,99 @@
+"""Each fast path gives what the plain way gives, and what is left out is really not used."""
+
+import pytest
+import torch
+
+from conftest import random_pictures, tiny_config
+from drmm_hf import DrmmForObjectDetection
+from drmm_hf.benchmarks import pooling
+from drmm_hf.benchmarks.paths import OF_DECODER, PATHS, benchmark_paths, paths_of, without
+from drmm_hf.benchmarks.tables import paths_table
+from drmm_hf.modeling import adamixer_stage, roi_pooling, sparse_rcnn_stage
+from drmm_hf.modeling.backbone import FoldingConvLayer
+
+
+CONFIGS = {
+    "sparse_rcnn": {"roi_size": pooling.SIZE},
+    "adamixer": {"decoder_type": "adamixer", "hidden_size": 32, "num_attention_heads": 4, "proposal_grid": None},
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    torch.manual_seed(0)
+    model = DrmmForObjectDetection(tiny_config(**CONFIGS[request.param])).eval()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif value.is_floating_point():
+                value += 0.05 * torch.randn_like(value)
+    return model
+
+
+@torch.inference_mode()
+def test_every_path_gives_the_same_detections(model):
+    pictures = random_pictures(2, 128, 160)
+    expected = model(pictures)
+    contestants = paths_of(model.config)
+    assert set(contestants) == {"nothing", "all of these", *PATHS} - (
+        {*OF_DECODER.values()} - {OF_DECODER[model.config.decoder_type]}
+    )
+    for name, paths in contestants.items():
+        with without(model, paths):
+            found = model(pictures)
+        for field in ("pred_boxes", "box_scales", "logits"):
+            difference = (found[field] - expected[field]).abs().max() / expected[field].abs().max()
+            assert difference < 1e-5, (name, field)
+            assert name == "nothing" or name in ("channels last", "one table for all stages") or difference > 0, name
+    assert torch.equal(model(pictures).logits, expected.logits)  # all is as before
+
+
+@torch.inference_mode()
+def test_what_is_left_out_is_not_used(model, monkeypatch):
+    """Each fast path is made to fail: only the pass without it goes through."""
+    calls = []
+
+    def used(name, of):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return of(*args, **kwargs)
+
+        return call
+
+    pictures = random_pictures(1, 64, 96)
+    monkeypatch.setattr(FoldingConvLayer, "forward", used("norms in convolutions", FoldingConvLayer.forward))
+    for module, function in ((sparse_rcnn_stage, "pool_regions"), (adamixer_stage, "sample_maps")):
+        name = "one sum a region" if function == "pool_regions" else "one sum a point"
+        monkeypatch.setattr(module, function, used(name, getattr(module, function)))
+    tables, layouts = [], []
+    build = roi_pooling.FeatureMaps.__init__
+    monkeypatch.setattr(roi_pooling.FeatureMaps, "__init__", lambda *args: tables.append(1) or build(*args))
+    embedder = model.model.backbone.network.embedder
+    embedder.register_forward_pre_hook(lambda _, args: layouts.append(args[0].is_contiguous()))
+
+    def observed(paths):
+        for one in (calls, tables, layouts):
+            one.clear()
+        with without(model, paths):
+            model(pictures)
+        return set(calls), len(tables), layouts[0]
+
+    own = OF_DECODER[model.config.decoder_type]
+    assert observed(()) == ({"norms in convolutions", own}, 1, False)
+    assert observed(("norms in convolutions",)) == ({own}, 1, False)
+    assert observed(("channels last",)) == ({"norms in convolutions", own}, 1, True)
+    assert observed(("one table for all stages",)) == ({"norms in convolutions", own}, 2, False)
+    assert observed((own,)) == ({"norms in convolutions"}, 0, False)
+
+
+def test_figures_and_their_table():
+    figures = benchmark_paths({"tiny": tiny_config()}, height=64, width=96, repetitions=2)
+    rows = figures["detectors"]["tiny"]
+    assert rows["nothing"]["ratio"] == {"median": 1, "min": 1, "max": 1}
+    for row in rows.values():
+        assert 0 < sum(row[part]["min"] for part in ("backbone", "neck", "decoder")) <= row["cost"]["max"]
+    table = paths_table(figures)
+    assert all(any(line.startswith(name) for line in table.splitlines()) for name in rows)
+    with pytest.raises(ValueError, match="repetitions is 0"):
+        benchmark_paths({}, repetitions=0)
