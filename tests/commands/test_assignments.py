@@ -26,7 +26,7 @@ def test_assignments_are_written(box_folder, coco_folder, tmp_path, capsys):
     found = json.loads((output / "assignments.json").read_text())
     assert len(found["images"]) == 2 and "assignments.json" in capsys.readouterr().out
     about = {"model": str(box_folder), "data": str(coco_folder), "split": "val", "top_k_ratio": None}
-    about |= {"top_k": 100, "dtype": None}
+    about |= {"top_k": 100, "dtype": None, "annotations": None}
     assert json.loads((output / "evaluation.json").read_text()) == about
 
 

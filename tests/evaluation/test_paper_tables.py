@@ -317,7 +317,26 @@ def test_the_newest_of_several_evaluations_stands(tmp_path):
         find_results([tmp_path], resolved_recipe)
 
 
-@pytest.mark.parametrize("options", [{"top_k": 300}, {"dtype": "bfloat16"}, {"model": "last"}], ids=str)
+def test_results_from_a_file_are_of_no_run_and_calibrated_ones_are_unusual(tmp_path):
+    """They lie within the run's folder, and are newer."""
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
+    for name, model, content in (
+        ("file", None, metrics(0.1)),
+        ("calibrated", str(run / "best"), metrics(0.6, calibration={"scale_factor": 1.1})),
+    ):
+        (run / name).mkdir()
+        about = {"model": model, "data": "bccd", "split": "val", "top_k": 100, "dtype": None}
+        (run / name / "evaluation.json").write_text(json.dumps(about))
+        (run / name / "metrics.json").write_text(json.dumps(content))
+    results, strangers = find_results([tmp_path], resolved_recipe)
+    assert strangers == [(run / "file").resolve()]
+    found = {result.options_in_words(): result.files["metrics"]["AP"] for result in results}
+    assert found == {"": 0.5, "calibrated True": 0.6}
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 300}, {"dtype": "bfloat16"}, {"model": "last"}, {"annotations": "few.json"}], ids=str
+)
 def test_an_evaluation_with_other_options_is_no_row(options, tmp_path):
     """It is newer, and lies beside the one that is."""
     run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))

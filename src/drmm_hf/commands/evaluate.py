@@ -239,7 +239,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
     about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
-    about |= {"top_k": args.top_k, "dtype": args.dtype}
+    about |= {"top_k": args.top_k, "dtype": args.dtype, "annotations": args.annotations}
 
     calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:

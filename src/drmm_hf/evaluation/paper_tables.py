@@ -144,8 +144,8 @@ class Result:
             `cost` and `summary`, those there are; `nms` and `wta` are metrics after these.
         places (`dict[str, Path]`): Folder that each of them is from.
         superseded (`dict[Path, Path]`): Older files of the same, and the file that took the place of each.
-        options (`dict`): What the evaluation did otherwise than usual (`top_k`, `dtype`, another `checkpoint` than the
-            best): such figures are no row and in no figure.
+        options (`dict`): What the evaluation did otherwise than usual (`top_k`, `dtype`, `annotations`, `calibrated`,
+            another `checkpoint` than the best): such figures are no row and in no figure.
     """
 
     run: Path
@@ -313,7 +313,7 @@ def find_results(
             selects = about.get("top_k_ratio")
             if selects is not None:
                 recipe |= {"top_k_ratio": selects, "top_k_last_stage": False}
-            options = _unusual_options(run, about)
+            options = _unusual_options(run, about, _read(place / "metrics.json"))
             key = run, data_name(str(data)), split, selects, *sorted(options.items())
             result = found.setdefault(key, Result(run, recipe, key[1], split, options=options))
             for path in (place / f"{name}.json" for name in _FILES):
@@ -344,8 +344,13 @@ _FILES = ("metrics", "duplicates", "likelihood", "cost", "summary", "calibration
 
 
 def _run_of(place: Path, about: Mapping[str, Any]) -> Path | None:
-    """Return the folder of the run that a folder of results is of: the nearest with a recipe."""
+    """Return the folder of the run that a folder of results is of: the nearest with a recipe.
+
+    Results that were given as a file are of no known run, wherever they lie.
+    """
     model = about.get("model")
+    if "model" in about and model is None and not (place / "recipe.yaml").is_file():
+        return None
     starts = [place] if model is None else [place, Path(model)]
     for start in reversed(starts):
         for folder in (start, *list(start.parents)[:2]):
@@ -354,9 +359,10 @@ def _run_of(place: Path, about: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def _unusual_options(run: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+def _unusual_options(run: Path, about: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an evaluation did otherwise than the tables suppose; files of earlier versions do not say."""
     options = {"top_k": about.get("top_k") or 100, "dtype": about.get("dtype"), "checkpoint": "best"}
+    options |= {"annotations": about.get("annotations"), "calibrated": bool(metrics.get("calibration")) or None}
     model = Path(about.get("model") or run)
     if model.resolve().parent == run:
         options["checkpoint"] = model.name
