@@ -7,8 +7,8 @@ training.
 
 A folder is written aside, brought to the disk (fsync of every file and folder) and renamed when complete: after a
 killed process or a power cut the earlier one is whole. A checkpoint ends with a record of its files, their sizes and
-checksums, so that one which was damaged later is noticed and the one before it is used. The settings of model and
-processor may be edited.
+checksums, so that one which was damaged later is noticed and the one before it is used. The settings of the
+processor may be changed.
 """
 
 from __future__ import annotations
