@@ -30,6 +30,7 @@ from drmm_hf.visualization.draw_boxes import draw_boxes
 
 
 INTERVAL = 0.9
+TOP_K = 100
 # Of the launch: fonts of the system, as those of the theme would come from the network.
 OPTIONS = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
@@ -74,7 +75,7 @@ class Detector:
             `dict[str, np.ndarray]`: Detections by falling score, in pixels of the picture; of a mixture every pair of
             query and class.
         """
-        top_k = self.config.num_queries * self.config.num_labels if self.has_density else 100
+        top_k = self.config.num_queries * self.config.num_labels if self.has_density else TOP_K
         rows = [{"image_id": 0, "image": image}]
         return predict(self.model, self.processor, rows, top_k=top_k, progress=False)[0]
 
@@ -90,7 +91,7 @@ class Detector:
         Returns:
             `PIL.Image.Image`: The drawn picture.
         """
-        shown = {name: values[:100][result["scores"][:100] >= threshold] for name, values in result.items()}
+        shown = {name: values[:TOP_K][result["scores"][:TOP_K] >= threshold] for name, values in result.items()}
         if soft and self.has_density:
             reach = central_quantile(INTERVAL, self.freedom) * shown["box_scales"]
             shown["box_intervals"] = np.stack([shown["boxes"] - reach, shown["boxes"] + reach], axis=-1)
@@ -106,7 +107,7 @@ class Detector:
         Returns:
             `list[list]`: By falling score.
         """
-        fields = (result[name][:100].tolist() for name in ("labels", "scores", "boxes"))
+        fields = (result[name][:TOP_K].tolist() for name in ("labels", "scores", "boxes"))
         return [
             [self.config.id2label[label], round(score, 3), *(round(side, 1) for side in box)]
             for label, score, box in zip(*fields, strict=True)
