@@ -10,8 +10,10 @@ import argparse
 import os
 import re
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 
@@ -100,7 +102,43 @@ class _Unread:
 
 
 def _main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="drmm", description="End-to-end object detection with D-RMM.")
+    with _hollow_package():
+        args = _parse(argv)
+    try:
+        return import_module(f"drmm_hf.commands.{args.command}").run(args)
+    except KeyboardInterrupt:
+        print(f"drmm {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except _expected_errors() as error:
+        if args.debug:
+            raise
+        print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+@contextmanager
+def _hollow_package() -> Iterator[None]:
+    """Let modules of the package be imported without the package's own import, which waits for transformers.
+
+    They are forgotten in the end, so that whoever imports them next gets them with the whole package.
+    """
+    if "drmm_hf" in sys.modules:
+        yield
+        return
+    if (spec := find_spec("drmm_hf")) is not None:
+        sys.modules["drmm_hf"] = module_from_spec(spec)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "drmm_hf"]:
+            del sys.modules[name]
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    first = next(iter(COMMANDS.values()))[1]
+    parser = argparse.ArgumentParser(
+        prog="drmm", description="End-to-end object detection with D-RMM.", epilog=f"example: {first}"
+    )
     parser.add_argument("--version", action="version", version=f"drmm-hf {_version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (summary, example) in COMMANDS.items():
@@ -120,16 +158,7 @@ def _main(argv: list[str]) -> int:
         parser.error(f"{command} does not know {' '.join(rest)}; drmm {command} --help lists what it takes")
     if rest:
         args.fields = rest
-    try:
-        return import_module(f"drmm_hf.commands.{args.command}").run(args)
-    except KeyboardInterrupt:
-        print(f"drmm {args.command}: interrupted", file=sys.stderr)
-        return 130
-    except _expected_errors() as error:
-        if args.debug:
-            raise
-        print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return args
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

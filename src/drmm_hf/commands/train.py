@@ -53,9 +53,9 @@ _USUAL = ("shortest_edge", "longest_edge", "augmentation", "invalid_data", "num_
 
 def _usual_fields() -> str:
     """Return the part of the help that explains them, from their own documentation."""
-    from ..training.fields import recipe_fields
+    from ..training.fields import argument_fields
 
-    fields = {field.name: field for field in recipe_fields()}
+    fields = {field.name: field for field in argument_fields()}
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     group = parser.add_argument_group("fields that are set most often (--fields lists all)")
     for field in map(fields.__getitem__, _USUAL):

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from huggingface_hub.errors import StrictDataclassError
 
 from ..evaluation.files import write_text
-from ..modeling.configuration_drmm import DrmmConfig
 
 
 @dataclass(kw_only=True)
@@ -251,6 +249,8 @@ class TrainingArguments:
             sorted(self.milestones) == self.milestones and all(0 < value < 1 for value in self.milestones),
             "must be increasing fractions of the run, between 0 and 1",
         )
+        if self.trackers:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         for name in self.trackers:
             if name not in (known := {"all", *LOGGER_TYPE_TO_CLASS}):
                 raise ValueError(f"training.trackers has {name!r}, unknown to accelerate{_nearest(name, known)}")
@@ -341,6 +341,8 @@ def make_recipe(sections: Mapping[str, Any], overrides: Mapping[str, Any], where
     Raises:
         ValueError: As `load_recipe`.
     """
+    from ..modeling.configuration_drmm import DrmmConfig
+
     known = {"model": _names(DrmmConfig), "data": _names(DataArguments), "training": _names(TrainingArguments)}
     for section, fields in sections.items():
         if section not in known:

@@ -8,11 +8,9 @@ import shlex
 import types
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from ..modeling.configuration_drmm import DrmmConfig
 from .arguments import DataArguments, TrainingArguments
 
 
-_SECTIONS = {"model": DrmmConfig, "data": DataArguments, "training": TrainingArguments}
 # How yaml has the types that it can write; of several types of a field, the others are left out.
 _TYPES = {int: "int", float: "float", str: "str", bool: "bool", dict: "mapping", type(None): "null"}
 
@@ -50,17 +48,30 @@ def recipe_fields() -> list[RecipeField]:
     Returns:
         `list[RecipeField]`: what the docstrings of `DrmmConfig`, `DataArguments`, `TrainingArguments` explain.
     """
-    found = []
-    for section, owner in _SECTIONS.items():
-        hints = inspect.get_annotations(owner, eval_str=True)
-        own = {field.name: field for field in dataclasses.fields(owner)}
-        for name, remark, text in _documented(owner):
-            default = _default(own[name])
-            shown = default if isinstance(default, str) else json.dumps(default)
-            meaning = re.match(r".+?\.(?= |$)", text)[0]
-            if default is None and (stated := re.search(r"defaults to (?!`)(.+)", remark)):
-                meaning += f" By default {stated[1]}."
-            found.append(RecipeField(section, name, _in_words(hints[name]), shown, meaning))
+    from ..modeling.configuration_drmm import DrmmConfig
+
+    return [*_fields("model", DrmmConfig), *argument_fields()]
+
+
+def argument_fields() -> list[RecipeField]:
+    """List the fields of a recipe but those of the model, which take seconds to import.
+
+    Returns:
+        `list[RecipeField]`: what the docstrings of `DataArguments` and `TrainingArguments` explain.
+    """
+    return [*_fields("data", DataArguments), *_fields("training", TrainingArguments)]
+
+
+def _fields(section: str, owner: type) -> list[RecipeField]:
+    hints, found = inspect.get_annotations(owner, eval_str=True), []
+    own = {field.name: field for field in dataclasses.fields(owner)}
+    for name, remark, text in _documented(owner):
+        default = _default(own[name])
+        shown = default if isinstance(default, str) else json.dumps(default)
+        meaning = re.match(r".+?\.(?= |$)", text)[0]
+        if default is None and (stated := re.search(r"defaults to (?!`)(.+)", remark)):
+            meaning += f" By default {stated[1]}."
+        found.append(RecipeField(section, name, _in_words(hints[name]), shown, meaning))
     return found
 
 
