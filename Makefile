@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests scripts
 
-.PHONY: install quickstart test quality style docs notebooks browser conformance conformance-peers bench clean
+.PHONY: install quickstart test coverage quality style docs notebooks browser conformance conformance-peers bench clean
 
 install: .venv/installed
 
@@ -18,6 +18,10 @@ quickstart: install  ## train on generated pictures, evaluate, detect: 10 minute
 
 test: install  ## all tests, offline
 	$(BIN)/python -m pytest -n auto
+
+coverage: install  ## all tests, and the share of lines that they run in each room; TESTS=tests/data for some of them
+	$(BIN)/python -m pytest -n auto --cov --cov-report= --cov-report=json:build/coverage/report.json $(TESTS)
+	$(BIN)/python scripts/coverage_table.py build/coverage/report.json
 
 conformance: install  ## transformers' own common tests on our classes: fetches its source distribution
 	$(BIN)/python -m pip install --quiet --editable ".[dev,conformance]"
