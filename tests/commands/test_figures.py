@@ -98,7 +98,8 @@ def runs(tmp_path_factory):
     metrics = json.loads((folder / "nll_mcm" / "metrics.json").read_text())
     for ratio in (0.5, 0.7):
         place = folder / "nll_mcm" / f"top{ratio}"
-        about = {"model": str(folder / "nll_mcm" / "best"), "data": "generated", "split": "val", "top_k_ratio": ratio}
+        about = {"model": str(folder / "nll_mcm" / "best"), "data": "generated", "split": "val", "top_k": 100}
+        about["top_k_ratio"] = ratio
         write(place / "evaluation.json", about)
         write(place / "metrics.json", metrics | {"AP": metrics["AP"] * ratio})
         write(place / "cost.json", {"pictures_per_second": 20 / ratio, "device": "CPU, 1 threads"})
@@ -265,7 +266,7 @@ def test_what_is_shown_and_what_is_not_is_said(tmp_path, capsys):
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "overfit 2 pictures" in said_of(tmp_path / "a_overfit", said)[0]
-    assert "no recipe.yaml" in said_of(tmp_path / "stranger", said)[0]
+    assert "no evaluation.json" in said_of(tmp_path / "stranger", said)[0]
     assert "older than" in said_of(tmp_path / "b" / "metrics.json", said)[0]
     assert "evaluated otherwise (top_k 300)" in said_of(tmp_path / "b" / "many", said)[0]
     assert "D-RMM, Sparse R-CNN; generated test" in said_of(tmp_path / "b" / "other", said)[0]

@@ -47,7 +47,7 @@ def test_markdown_and_json(capsys):
 
 def test_what_no_row_shows_is_said(tmp_path, capsys):
     load_recipe(TINY).save(tmp_path / "recipe.yaml")
-    (tmp_path / "metrics.json").write_text(json.dumps({"num_images": 2}))
+    (tmp_path / "calibration.json").write_text(json.dumps({"kinds": {}}))
     assert main(["tables", "3", "--results", str(tmp_path)]) == 0
     assert f"left out, no row of table 3 is of it (generated val): {tmp_path}" in capsys.readouterr().err
 

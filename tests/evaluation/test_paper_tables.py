@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drmm_hf.commands.tables import resolved_recipe
+from drmm_hf.evaluation.origin import weights_digest
 from drmm_hf.evaluation.paper_tables import (
     _BACKBONES,
     _SCALE,
+    NO_RUN,
     find_results,
     measured_blocks,
     paper_table,
@@ -149,11 +152,27 @@ def write_run(folder, recipe="drmm_sparse_rcnn_r50.yaml", overrides=(), summary=
     return folder
 
 
+BINS = {"ece": 0.0, "bin_edges": [0, 1], "bin_confidence": [0.5], "bin_accuracy": [0.5], "bin_count": [2]}
+
+
+def figures(ap):
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "ECE", "ECE_0.1")
+    return dict.fromkeys(names, ap) | {"reliability": BINS}
+
+
 def metrics(ap, coco=False, **others):
     counts = {"num_images": 5000, "num_ground_truths": 36_335, "num_crowds": 446}
     if not coco:
         counts = {"num_images": 87, "num_ground_truths": 1137, "num_crowds": 0}
-    return {"AP": ap, "AP50": ap, "AP75": ap, "AR100": ap} | counts | {"deduplication": None} | others
+    return figures(ap) | counts | {"AP_per_class": {"cell": ap}, "deduplication": None} | others
+
+
+def write_evaluation(folder, path, content, split="val", **about):
+    folder.mkdir(exist_ok=True)
+    about = {"model": path and str(path), "data": "bccd", "split": split, "top_k": 100, "dtype": None} | about
+    (folder / "evaluation.json").write_text(json.dumps(about))
+    (folder / "metrics.json").write_text(json.dumps(content))
+    return folder
 
 
 def blocks_of(number, *folders):
@@ -215,8 +234,7 @@ def test_other_data_have_blocks_of_their_own_by_split(tmp_path):
         run = write_run(
             tmp_path / criterion, SMALL, {"criterion": criterion, "source": "data/bccd"}, metrics=metrics(ap)
         )
-        (run / "test").mkdir()
-        (run / "test" / "metrics.json").write_text(json.dumps(metrics(ap - 0.1)))
+        write_evaluation(run / "test", run / "best", metrics(ap - 0.1), "test")
     papers, val, test = blocks_of(2, tmp_path)
     assert not any(entry.values for entry in papers.rows)
     assert [(block.data, block.split) for block in (val, test)] == [("bccd", "val"), ("bccd", "test")]
@@ -254,7 +272,7 @@ def test_backbones_and_epochs_of_other_data_are_not_the_papers(tmp_path):
 
 
 def entry(ap, iou=None):
-    return {"AP": ap, "AR100": ap, "iou_threshold": iou}
+    return figures(ap) | {"iou_threshold": iou}
 
 
 def test_nms_and_winner_take_all_are_those_at_nms_best(tmp_path):
@@ -269,22 +287,15 @@ def test_nms_and_winner_take_all_are_those_at_nms_best(tmp_path):
 
 def test_figures_after_nms_are_no_figures_without(tmp_path):
     run = write_run(tmp_path / "nll", SMALL, {"criterion": "nll", "source": "bccd"})
-    (run / "evaluated").mkdir()
-    about = {"model": str(run / "best"), "data": "bccd", "split": "val"}
-    (run / "evaluated" / "evaluation.json").write_text(json.dumps(about))
     after = metrics(0.4, deduplication={"method": "nms", "iou_threshold": 0.6})
-    (run / "evaluated" / "metrics.json").write_text(json.dumps(after))
+    write_evaluation(run / "evaluated", run / "best", after)
     _, block = blocks_of(3, tmp_path)
     assert [entry.values.get("AP") for entry in block.rows[:3]] == [None, pytest.approx((40,)), None]
 
 
 def test_an_evaluation_elsewhere_finds_the_run_of_its_model(tmp_path):
     run = write_run(tmp_path / "runs" / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
-    place = tmp_path / "elsewhere"
-    place.mkdir()
-    about = {"model": str(run / "best"), "data": "data/bccd/", "split": "test"}
-    (place / "evaluation.json").write_text(json.dumps(about))
-    (place / "metrics.json").write_text(json.dumps(metrics(0.4)))
+    place = write_evaluation(tmp_path / "elsewhere", run / "best", metrics(0.4), "test", data="data/bccd/")
     results, strangers = find_results([tmp_path], resolved_recipe)
     assert {(result.run, result.data, result.split) for result in results} == {
         (run.resolve(), "bccd", "val"),
@@ -292,7 +303,7 @@ def test_an_evaluation_elsewhere_finds_the_run_of_its_model(tmp_path):
     }
     (place / "evaluation.json").unlink()
     results, strangers = find_results([place], resolved_recipe)
-    assert not results and strangers == [place.resolve()]
+    assert not results and strangers == {place.resolve(): "no evaluation.json says what it is of"}
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_results([tmp_path / "none"], resolved_recipe)
 
@@ -300,11 +311,7 @@ def test_an_evaluation_elsewhere_finds_the_run_of_its_model(tmp_path):
 def test_the_newest_of_several_evaluations_stands(tmp_path):
     run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5), cost={"layer_operations": 1})
     for name, age in (("before", 50), ("later", 200), ("middle", 100)):
-        place = tmp_path / name
-        place.mkdir()
-        about = {"model": str(run / "best"), "data": "bccd", "split": "val"}
-        (place / "evaluation.json").write_text(json.dumps(about))
-        (place / "metrics.json").write_text(json.dumps(metrics(age / 1000)))
+        place = write_evaluation(tmp_path / name, run / "best", metrics(age / 1000))
         os.utime(place / "metrics.json", (age, age))
     os.utime(run / "metrics.json", (150, 150))
     ((result,), strangers) = find_results([tmp_path], resolved_recipe)
@@ -322,14 +329,11 @@ def test_results_from_a_file_are_of_no_run_and_calibrated_ones_are_unusual(tmp_p
     run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
     for name, model, content in (
         ("file", None, metrics(0.1)),
-        ("calibrated", str(run / "best"), metrics(0.6, calibration={"scale_factor": 1.1})),
+        ("calibrated", run / "best", metrics(0.6, calibration={"scale_factor": 1.1})),
     ):
-        (run / name).mkdir()
-        about = {"model": model, "data": "bccd", "split": "val", "top_k": 100, "dtype": None}
-        (run / name / "evaluation.json").write_text(json.dumps(about))
-        (run / name / "metrics.json").write_text(json.dumps(content))
+        write_evaluation(run / name, model, content)
     results, strangers = find_results([tmp_path], resolved_recipe)
-    assert strangers == [(run / "file").resolve()]
+    assert strangers == {(run / "file").resolve(): NO_RUN}
     found = {result.options_in_words(): result.files["metrics"]["AP"] for result in results}
     assert found == {"": 0.5, "calibrated True": 0.6}
 
@@ -341,17 +345,68 @@ def test_an_evaluation_with_other_options_is_no_row(options, tmp_path):
     """It is newer, and lies beside the one that is."""
     run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
     for name, fields, ap in (("usual", {"dtype": "float32"}, 0.4), ("other", options, 0.6)):
-        place = run / name
-        place.mkdir()
-        about = {"model": "best", "data": "bccd", "split": "val", "top_k": 100, "dtype": None} | fields
-        (place / "evaluation.json").write_text(json.dumps(about | {"model": str(run / about["model"])}))
-        (place / "metrics.json").write_text(json.dumps(metrics(ap)))
+        fields = fields | {"model": str(run / fields.get("model", "best"))}
+        write_evaluation(run / name, None, metrics(ap), **fields)
     results, _ = find_results([tmp_path], resolved_recipe)
     words = {result.options_in_words(): result.files["metrics"]["AP"] for result in results}
     ((name, value),) = options.items()
     assert words == {"": 0.4, f"{'checkpoint' if name == 'model' else name} {value}": 0.6}
     _, block = blocks_of(2, tmp_path)
     assert [value for entry in block.rows for value in entry.values.get("AP", ())] == [40]
+
+
+def write_weights(run, content):
+    (run / "best").mkdir(exist_ok=True)
+    (run / "best" / "model.safetensors").write_bytes(content)
+    return weights_digest(run / "best")
+
+
+def test_an_evaluation_of_weights_that_training_has_replaced_is_no_result(tmp_path):
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
+    digest = write_weights(run, b"first")
+    place = write_evaluation(run / "test", run / "best", metrics(0.4), "test", weights=digest)
+    results, strangers = find_results([tmp_path], resolved_recipe)
+    assert {result.split for result in results} == {"val", "test"} and not strangers
+    write_weights(run, b"second")
+    (result,), strangers = find_results([tmp_path], resolved_recipe)
+    assert result.split == "val"
+    assert strangers == {place.resolve(): f"of other weights than {run.resolve() / 'best'} has now"}
+    shutil.rmtree(run / "best")  # nothing to compare with
+    results, strangers = find_results([tmp_path], resolved_recipe)
+    assert len(results) == 2 and not strangers
+
+
+def test_evaluations_follow_a_run_that_moved_and_are_not_of_the_new_one_in_its_place(tmp_path):
+    old = write_run(tmp_path / "a", SMALL, {"source": "bccd", "seed": 1}, metrics=metrics(0.5))
+    digest = write_weights(old, b"first")
+    write_evaluation(old / "test", old / "best", metrics(0.4), "test", weights=digest)
+    beside = write_evaluation(tmp_path / "beside", old / "best", metrics(0.4), "test", weights=digest)
+    moved = old.rename(tmp_path / "moved")
+    write_weights(write_run(old, SMALL, {"source": "bccd", "seed": 2}, metrics=metrics(0.3)), b"second")
+    results, strangers = find_results([tmp_path], resolved_recipe)
+    assert [result.run for result in results if result.split == "test"] == [moved.resolve()]
+    assert [*strangers] == [beside.resolve()]
+
+
+def test_data_of_one_name_with_other_annotations_have_blocks_of_their_own(tmp_path):
+    for name, digest in (("a", "1" * 64), ("b", "2" * 64)):
+        run = write_run(tmp_path / name, SMALL, {"source": f"{name}/cells"}, metrics=metrics(0.5))
+        write_evaluation(run / "test", run / "best", metrics(0.4), "test", data=f"{name}/cells", ground_truth=digest)
+    _, val, *tests = blocks_of(2, tmp_path)
+    assert (val.data, val.ground_truth) == ("cells", "")
+    assert [(block.data, block.split, block.ground_truth) for block in tests] == [
+        ("cells", "test", "1" * 8),
+        ("cells", "test", "2" * 8),
+    ]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"model": 3, "split": "val", "top_k": 100}'])
+def test_a_damaged_evaluation_is_no_usual_one(content, tmp_path):
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
+    place = write_evaluation(run / "test", run / "best", metrics(0.4), "test")
+    (place / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match="evaluation.json"):
+        find_results([tmp_path], resolved_recipe)
 
 
 def test_likelihoods_by_stage_and_their_ratios(tmp_path):
@@ -404,10 +459,12 @@ def test_the_spread_is_the_standard_error(values):
     ("name", "text", "message"),
     [
         ("metrics", '{"AP": 0.5, "num_ima', "metrics.json is not valid json"),
-        ("metrics", json.dumps(metrics("high")), "AP of .*metrics.json is 'high'; the rule is a number"),
-        ("metrics", json.dumps({"AP": 0.5}), "metrics.json has no num_images"),
-        ("summary", '{"steps": "many"}', "steps of .*summary.json is 'many'; the rule is a number"),
-        ("duplicates", '{"nms": []}', "duplicates.json has no none, wta, best_iou_threshold"),
+        ("metrics", json.dumps(metrics("high")), "metrics.json: AP, AP50, .* missing or out of range"),
+        ("metrics", json.dumps(metrics(0.5) | {"AP": 56.2}), "metrics.json: AP missing or out of range"),
+        ("metrics", json.dumps(metrics(0.5) | {"ECE": float("nan")}), "metrics.json: ECE missing or out of range"),
+        ("metrics", json.dumps({"AP": 0.5, "AP_per_class": {}}), "metrics.json: reliability missing"),
+        ("summary", '{"steps": "many", "training_seconds": 1}', "summary.json: steps missing or out of range"),
+        ("duplicates", '{"nms": []}', "duplicates.json: none missing"),
     ],
 )
 def test_a_damaged_result_is_named(name, text, message, tmp_path):

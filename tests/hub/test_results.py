@@ -4,6 +4,7 @@ import os
 import pytest
 
 from drmm_hf import DrmmConfig
+from drmm_hf.evaluation.origin import weights_digest
 from drmm_hf.hub.results import find_evaluations, find_training
 from trained_run import HOME, HOST, make_evaluation, make_run
 
@@ -68,6 +69,20 @@ def test_figures_older_than_the_weights_have_to_be_named(best):
     assert len(find(best, given=[place])[0]) == 1
 
 
+def test_figures_of_other_weights_are_never_published(best):
+    place = best.parent / "test"
+    make_evaluation(place, best)
+    about = json.loads((place / "evaluation.json").read_text())
+    (place / "evaluation.json").write_text(json.dumps(about | {"weights": weights_digest(best)}))
+    os.utime(place / "metrics.json", (1, 1))  # copied folders have other times
+    assert len(find(best)[0]) == 1
+    (place / "evaluation.json").write_text(json.dumps(about | {"weights": "0" * 64}))
+    found, left_out = find(best)
+    assert not found and "of other weights" in left_out[place.resolve()]
+    with pytest.raises(ValueError, match="of other weights"):
+        find(best, given=[place])
+
+
 def test_of_one_split_the_newest_figures_stand(best):
     first, second = best.parent / "a", best.parent / "b"
     for time, place in ((2_000_000_000, second), (2_100_000_000, first)):
@@ -80,7 +95,7 @@ def test_of_one_split_the_newest_figures_stand(best):
 @pytest.mark.parametrize("spoilt", [{"AP": 61.0}, {"AP50": "0.6"}, {"ECE": float("nan")}, {"num_images": None}])
 def test_spoilt_figures_are_refused(best, spoilt):
     make_evaluation(best.parent / "test", best, **spoilt)
-    with pytest.raises(ValueError, match=f"{next(iter(spoilt))} missing or no fraction"):
+    with pytest.raises(ValueError, match=f"{next(iter(spoilt))} missing or out of range"):
         find(best)
 
 

@@ -21,6 +21,7 @@ from drmm_hf import DrmmForObjectDetection
 from drmm_hf.data.coco import categories, save_coco
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
+from drmm_hf.evaluation.origin import weights_digest
 from drmm_hf.training import loop, run_log
 from drmm_hf.training.build import build_model, load_split, training_loader
 from drmm_hf.training.loop import accumulate_gradients, train
@@ -280,6 +281,8 @@ def test_what_a_run_leaves_behind(tiny_recipe, tmp_path):
         name: summary[name] for name in ("AP", "AP50", "ECE")
     }
     assert metrics["AP"] == [row for row in rows(run) if "AP" in row][-1]["AP"]
+    about = json.loads((run / "evaluation.json").read_text())
+    assert (about["weights"], about["step"]) == (weights_digest(run / "best"), summary["best_step"])
     assert list((run / "tensorboard").rglob("events.*"))
     with Image.open(run / "first_batches.jpg") as picture:
         assert picture.width > 64

@@ -222,8 +222,9 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     """
     from ..evaluation.assignments import assignments, check_matching
     from ..evaluation.evaluate import category_of_label, class_table, evaluate, figures
-    from ..evaluation.files import read_json, write_json, write_text
+    from ..evaluation.files import read_json, write_text
     from ..evaluation.likelihood import check_density
+    from ..evaluation.origin import origin
     from ..evaluation.output_folder import holds_figures, write_figures
     from ..evaluation.predict import load_detector
     from ..evaluation.recalibration import check_calibrators
@@ -238,8 +239,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     output = Path(args.output)
     other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
-    about = {"model": source, "data": args.data, "split": args.split, "top_k_ratio": args.top_k_ratio}
-    about |= {"top_k": args.top_k, "dtype": args.dtype, "annotations": args.annotations}
+    asked = {"annotations_file": args.annotations, "top_k": args.top_k, "top_k_ratio": args.top_k_ratio}
+    about = partial(origin, source, args.data, args.split, annotations, dtype=args.dtype, **asked)
 
     calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:
@@ -253,10 +254,9 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         file, written_to = Path(args.detections), output / "detections.json"
         if file.resolve() == written_to.resolve() and file.read_text() != json.dumps(entries):
             raise ValueError(f"{args.detections} would be replaced by what remains of it; name another --output.")
-        if not holds_figures(output, metrics, entries):  # otherwise the files there know more of their origin
-            write_figures(metrics, entries, output)
-        if not (output / "evaluation.json").is_file():
-            write_json(about, output / "evaluation.json")
+        known = holds_figures(output, metrics, entries) and (output / "evaluation.json").is_file()
+        if not known:  # otherwise the files there know more of their origin
+            write_figures(metrics, entries, output, about())
     else:
         model, processor = load_detector(source, args.device if processes is None else processes.device, args.dtype)
         if args.losses or other is not None or args.coverage:
@@ -283,12 +283,12 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         if processes is None or processes.is_main_process:
             print(classes, flush=True)
         options |= {"batch_size": args.batch_size, "processes": processes}
+        options["about"] = about(revision=getattr(model.config, "_commit_hash", None))
         metrics = evaluate(model, processor, dataset, annotations, output, **options)
         if processes is not None:
             processes.destroy_process_group()
         if metrics is None:
             return 0  # the main process goes on
-        write_json(about, output / "evaluation.json")  # not before: the figures that it is about are there
         entries = read_json(output / "detections.json")
 
     written = ["evaluation.json", "detections.json"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         `int`: 0.
     """
-    from ..evaluation.paper_tables import find_results
+    from ..evaluation.paper_tables import NO_RUN, find_results
     from .tables import resolved_recipe
 
     if args.number not in FIGURES:
@@ -65,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     results, strangers = find_results(args.results, resolved_recipe)
     try:
         usual = [one for one in results if not _overfits(one) and not one.options]
-        path, used = FIGURES[args.number](usual, strangers, args)
+        unknown = [place for place, reason in strangers.items() if reason == NO_RUN]
+        path, used = FIGURES[args.number](usual, unknown, args)
     except ValueError:
         print(*left_out(results, strangers, []), sep="\n", file=sys.stderr)
         raise
@@ -74,17 +74,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def left_out(results: Sequence[Result], strangers: Sequence[Path], used: Sequence[Result | Path]) -> list[str]:
+def left_out(results: Sequence[Result], strangers: Mapping[Path, str], used: Sequence[Result | Path]) -> list[str]:
     """Say which folders of results a figure does not show, and why.
 
     Args:
         results (`Sequence[Result]`): From `drmm_hf.evaluation.paper_tables.find_results`.
-        strangers (`Sequence[Path]`): Likewise.
+        strangers (`Mapping[Path, str]`): Likewise.
         used (`Sequence[Result | Path]`): Those that it shows.
 
     Returns:
         `list[str]`: A line a folder.
     """
+    from ..evaluation.paper_tables import NO_RUN
+
     lines = []
     for result in results:
         if _overfits(result):
@@ -95,8 +97,10 @@ def left_out(results: Sequence[Result], strangers: Sequence[Path], used: Sequenc
             lines.append(f"left out, not needed ({_about(result)}): {_place(result)}")
         for old, new in result.superseded.items():
             lines.append(f"left out, older than {new}, of the same model and split: {old}")
-    reason = "no recipe.yaml of its run (only Figure 2 takes such, of its data and split)"
-    lines += [f"left out, {reason}: {place}" for place in strangers if place not in used]
+    for place, reason in strangers.items():
+        if place not in used:
+            hint = " (only Figure 2 takes such, of its data and split)" if reason == NO_RUN else ""
+            lines.append(f"left out, {reason}{hint}: {place}")
     return lines
 
 
@@ -158,7 +162,7 @@ def _title(result: Result) -> str:
 
 def _same_data(results: Sequence[Result]) -> Sequence[Result]:
     """Return the results on the data and split that most of them are on: one figure, one data set."""
-    places = [(result.data, result.split) for result in results]
+    places = [(result.data, result.split, result.ground_truth) for result in results]
     return [result for result, place in zip(results, places, strict=True) if place == max(places, key=places.count)]
 
 
@@ -174,22 +178,22 @@ def figure_2(results: Sequence[Result], strangers: Sequence[Path], args: argpars
     """Draw the reliability of several detectors, of others too, in the order of the folders."""
     from ..evaluation.calibration import CalibrationResult
     from ..evaluation.paper_tables import data_name
+    from ..evaluation.report_files import read_report
     from ..visualization.plots import reliability_diagrams
 
     found: dict[tuple[Any, ...], tuple[str, Result | Path, dict[str, Any]]] = {}
     for result in results:
         if "metrics" in result.files and result.recipe["top_k_ratio"] is None:
-            key = result.run, result.data, result.split
+            key = result.run, result.data, result.split, result.ground_truth
             found[key] = _title(result), result, result.files["metrics"]
     for place in sorted((one for one in strangers if (one / "metrics.json").is_file()), key=_written):
-        path = place / "evaluation.json"
-        about = json.loads(path.read_text()) if path.is_file() else {}
-        model, data = about.get("model") or place, about.get("data")
-        key = model, data and data_name(data), about.get("split")
+        about = read_report(place / "evaluation.json")
+        model, data = about["model"] or place, about["data"]
+        key = model, data and data_name(data), about["split"], about.get("ground_truth")
         found.pop(key, None)  # an older evaluation of the same
-        found[key] = Path(model).name, place, json.loads((place / "metrics.json").read_text())
-    measured = [key[1:] for key in found if key[1] is not None]  # of saved detections the data may be unknown
-    shown = [one for key, one in found.items() if key[1] is None or key[1:] == max(measured, key=measured.count)]
+        found[key] = Path(model).name, place, read_report(place / "metrics.json")
+    measured = [key[1:] for key in found]
+    shown = [one for key, one in found.items() if key[1:] == max(measured, key=measured.count)]
     if not shown:
         raise ValueError(
             "figure 2 needs metrics.json of some detectors: drmm evaluate MODEL DATA --output DIR writes it"

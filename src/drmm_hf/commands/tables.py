@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
             return 0
         folders.append(args.output)
     results, strangers = find_results(folders, resolved_recipe)
-    for place in strangers:
-        print(f"left out, no recipe.yaml of its run: {place}", file=sys.stderr)
+    for place, reason in strangers.items():
+        print(f"left out, {reason}: {place}", file=sys.stderr)
     blocks = measured_blocks(table, results)
     shown = [result for block in blocks for row in block.rows for result in row.results]
     for result in results:
@@ -243,6 +243,7 @@ def lines_of(table: Table, blocks: Sequence[Block], form: Any) -> Iterator[str]:
         else:
             yield ""
             count = "" if block.num_images is None else f", {block.num_images} pictures"
+            count += f", annotations {block.ground_truth}" if block.ground_truth else ""
             yield f"Measured on {block.data}, split {block.split}{count}; not to be compared with the paper's figures"
         yield ""
         titles = [*table.columns, *(f"{name} here" for name in table.columns)] if is_papers else list(table.columns)
@@ -352,6 +353,7 @@ def as_json(table: Table, blocks: Sequence[Block]) -> dict[str, Any]:
                 "data": block.data,
                 "split": block.split,
                 "num_images": block.num_images,
+                "ground_truth": block.ground_truth or None,
                 "rows": [_row_as_json(table, entry) for entry in block.rows],
             }
             for block in blocks

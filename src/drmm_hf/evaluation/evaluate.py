@@ -37,6 +37,7 @@ def evaluate(
     nms: float | None = None,
     wta: float | None = None,
     processes: PartialState | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
     """Measure a detector: run it over every annotated picture and compare with the untouched annotations.
@@ -59,6 +60,7 @@ def evaluate(
         wta (`float`, *optional*): As in `measure`.
         processes (`accelerate.PartialState`, *optional*): Processes that share the pictures, as
             `drmm_hf.evaluation.parts.launched_processes` returns them. All call this function, with one `output_dir`.
+        about (`Mapping`, *optional*): As in `measure`.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -89,6 +91,7 @@ def evaluate(
     if detections is None:
         return None
     options = {"top_k": top_k, "nms": nms, "wta": wta, "calibration": getattr(processor, "calibration", None)}
+    options["about"] = about
     metrics = measure(detections, annotations, mapping, output_dir, **options)
     if folder is not None:
         remove_parts(folder)
@@ -105,6 +108,7 @@ def measure(
     nms: float | None = None,
     wta: float | None = None,
     calibration: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compute the figures of detections that are already there, such as those merged from several processes.
 
@@ -119,6 +123,8 @@ def measure(
             `drmm_hf.evaluation.deduplication.nms`. None, as D-RMM is meant to be used, applies none.
         wta (`float`, *optional*): Likewise of `drmm_hf.evaluation.deduplication.winner_take_all`, instead of `nms`.
         calibration (`Mapping`, *optional*): What the processor has corrected scores and scales with, to be written.
+        about (`Mapping`, *optional*): What the figures are of, from `drmm_hf.evaluation.origin.origin`, to be written
+            to `evaluation.json`; without it, tables and figures leave them out.
 
     Returns:
         `dict`: COCO's twelve figures and `AP_per_class` (fractions), `ECE` and `ECE_0.1`, `reliability` (edges,
@@ -139,7 +145,7 @@ def measure(
     metrics, entries = figures(detections, annotations, mapping, top_k=top_k, nms=nms, wta=wta)
     metrics["calibration"] = calibration
     if output_dir is not None:
-        write_figures(metrics, entries, output_dir)
+        write_figures(metrics, entries, output_dir, about)
     return metrics
 
 

@@ -46,27 +46,36 @@ def holds_figures(output_dir: str | Path, metrics: Mapping[str, Any], entries: S
     return kept == mine
 
 
-def write_figures(metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], output_dir: str | Path) -> None:
-    """Write `metrics.json` and `detections.json`.
+def write_figures(
+    metrics: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `metrics.json` and `detections.json`, and in `evaluation.json` what they are of.
 
     Reports of an earlier evaluation that found something else are removed first, and a line says so: a folder holds
-    one evaluation.
+    one evaluation. `metrics.json` goes first and comes last: wherever it stands, the others are of it.
 
     Args:
         metrics (`Mapping`): From `drmm_hf.evaluation.evaluate.figures`.
         entries (`Sequence[Mapping]`): The COCO results that they are of.
         output_dir (`str` or `Path`): Where to write; it is made if it does not exist.
+        about (`Mapping`, *optional*): From `drmm_hf.evaluation.origin.origin`; None if that is not known.
     """
-    output_dir = Path(output_dir)
+    output_dir, names = Path(output_dir), ["detections.json", "metrics.json"]
     output_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output_dir) as aside:
         (Path(aside) / "detections.json").write_text(json.dumps(entries, allow_nan=False))
         write_json(metrics, Path(aside) / "metrics.json")
+        if about is not None:
+            write_json(about, Path(aside) / "evaluation.json")
+            names.insert(0, "evaluation.json")
         if not holds_figures(output_dir, metrics, entries):  # a full disk would have been noticed by now
             stale = [name for name in REPORTS if (output_dir / name).is_file()]
-            for name in (*stale, "metrics.json"):
+            for name in ("metrics.json", *stale):
                 (output_dir / name).unlink(missing_ok=True)
             if any(name.endswith(".json") for name in stale):  # pictures alone are a training run's own, drawn anew
                 print(f"{output_dir} held another evaluation; its reports are removed: {', '.join(stale)}", flush=True)
-        for name in ("detections.json", "metrics.json"):
+        for name in names:
             os.replace(Path(aside) / name, output_dir / name)

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from .files import read_json
+from .origin import weights_digest
+from .report_files import read_report
 
 
 # Fields of the recipes' methods, with which a run must agree on any data.
@@ -74,7 +75,6 @@ _COLUMNS = {
     "memory (GB)": ("cost", "training_memory", 1e-9, 0),
     "FLOPs (G)": ("cost", "layer_operations", 1e-9, 1),
 }
-_COUNTS = ("num_images", "num_ground_truths", "num_crowds")
 _RATIOS = {f"{name} ratio": name for name in ("NLL", "exp(-MCM)")}
 
 
@@ -140,6 +140,7 @@ class Result:
         recipe (`dict[str, Any]`): Its fields, resolved: those of the sections model, data and training in one.
         data (`str`): Name of the data that were measured.
         split (`str`): Their split.
+        ground_truth (`str`, *optional*): Digest of their annotations, if the evaluation says it.
         files (`dict[str, dict]`): Contents of `metrics`, `duplicates`, `likelihood`, `calibration`, `assignments`,
             `cost` and `summary`, those there are; `nms` and `wta` are metrics after these.
         places (`dict[str, Path]`): Folder that each of them is from.
@@ -152,6 +153,7 @@ class Result:
     recipe: dict[str, Any]
     data: str
     split: str
+    ground_truth: str | None = None
     files: dict[str, dict] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
     superseded: dict[Path, Path] = field(default_factory=dict)
@@ -198,6 +200,7 @@ class Block:
         split (`str`): The split.
         is_coco (`bool`): Whether they are COCO as the paper has it.
         num_images (`int`, *optional*): Its pictures.
+        ground_truth (`str`): Start of the digest of their annotations, where a block of the same name has others.
         rows (`tuple[Measured, ...]`): One a published row and kind of run, those that were not run too.
     """
 
@@ -206,6 +209,7 @@ class Block:
     is_coco: bool
     num_images: int | None
     rows: tuple[Measured, ...]
+    ground_truth: str = ""
 
 
 @cache
@@ -270,36 +274,37 @@ def recipe_overrides(recipe: str) -> dict[str, Any]:
 
 def find_results(
     folders: Iterable[str | Path], resolve: Callable[[Path], Mapping[str, Any]]
-) -> tuple[list[Result], list[Path]]:
+) -> tuple[list[Result], dict[Path, str]]:
     """Look for what training and evaluation have written.
 
-    A folder with `recipe.yaml` is a run; its own figures are those of its validation split. A folder with results and
-    without a recipe is an evaluation: `evaluation.json` says of which model, data and split, else the folder above it
-    is the run and its name the split, as in `runs/nll/val2017`.
+    A folder with `recipe.yaml` is a run; its own figures are those of its validation split. Any other folder with
+    results is an evaluation, and its `evaluation.json` says of which weights, data and split. Where it has no figures
+    and says nothing, the folder above it is the run and its name the split, as in `runs/nll/top0.7`.
 
     Args:
         folders (`Iterable[str | Path]`): Looked through with everything below them.
         resolve (`Callable`): From the folder of a run to the fields of its recipe, all sections in one, defaults too.
 
     Returns:
-        `tuple[list[Result], list[Path]]`: One a run and split, files of several evaluations of it joined, the newest
-        of each kind; and the folders that hold results of no known recipe.
+        `tuple[list[Result], dict[Path, str]]`: One a run and split, files of several evaluations of it joined, the
+        newest of each kind; and for each folder whose results are of no known run, the reason.
 
     Raises:
         FileNotFoundError: If a folder does not exist.
-        ValueError: If a recipe cannot be read.
+        ValueError: If a recipe or a report cannot be read, or a figure is none.
     """
     found: dict[tuple[Any, ...], Result] = {}
     runs: dict[Path, Mapping[str, Any]] = {}
-    strangers = []
+    digests: dict[Path, str | None] = {}
+    strangers = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"results folder {str(folder)!r} does not exist")
         for place in sorted({path.parent.resolve() for path in folder.rglob("*.json") if path.stem in _FILES}):
-            about = _read(place / "evaluation.json")
-            run = _run_of(place, about)
-            if run is None:
-                strangers.append(place)
+            about = read_report(place / "evaluation.json")
+            run = _run_of(place, about, digests)
+            if isinstance(run, str):
+                strangers[place] = run
                 continue
             if run not in runs:
                 try:
@@ -313,11 +318,11 @@ def find_results(
             selects = about.get("top_k_ratio")
             if selects is not None:
                 recipe |= {"top_k_ratio": selects, "top_k_last_stage": False}
-            options = _unusual_options(run, about, _read(place / "metrics.json"))
-            key = run, data_name(str(data)), split, selects, *sorted(options.items())
-            result = found.setdefault(key, Result(run, recipe, key[1], split, options=options))
+            options = _unusual_options(run, about, read_report(place / "metrics.json"))
+            key = run, data_name(str(data)), split, about.get("ground_truth"), selects, *sorted(options.items())
+            result = found.setdefault(key, Result(run, recipe, *key[1:4], options=options))
             for path in (place / f"{name}.json" for name in _FILES):
-                content = _read(path)
+                content = read_report(path)
                 if content:
                     applied = path.stem == "metrics" and content.get("deduplication")
                     name = applied["method"] if applied else path.stem
@@ -327,36 +332,49 @@ def find_results(
                         result.superseded[old / path.name] = new / path.name
                     if new == place:
                         result.files[name], result.places[name] = content, place
-            result.files.setdefault("summary", _read(run / "summary.json"))
+            result.files.setdefault("summary", read_report(run / "summary.json"))
             if selects is None:
-                result.files.setdefault("cost", _read(run / "cost.json"))
+                result.files.setdefault("cost", read_report(run / "cost.json"))
     return list(found.values()), strangers
 
 
-# Keys of a file that must be there, and those that hold numbers.
-_NEEDED = {"metrics": ("num_images",), "duplicates": ("none", "nms", "wta", "best_iou_threshold")}
-_NUMBERS = {
-    "metrics": (*(key for file, key, *_ in _COLUMNS.values() if file == "metrics"), *_COUNTS),
-    "cost": tuple(key for file, key, *_ in _COLUMNS.values() if file == "cost"),
-    "summary": ("steps", "training_seconds", "num_training_images"),
-}
+NO_RUN = "no recipe.yaml of its run"
 _FILES = ("metrics", "duplicates", "likelihood", "cost", "summary", "calibration", "assignments")
 
 
-def _run_of(place: Path, about: Mapping[str, Any]) -> Path | None:
-    """Return the folder of the run that a folder of results is of: the nearest with a recipe.
+def _run_of(place: Path, about: Mapping[str, Any], digests: dict[Path, str | None]) -> Path | str:
+    """Return the folder of the run that a folder of results is of, or why none is known.
 
+    It is the nearest one with a recipe, above the model or else above the results, that has the weights they are of.
     Results that were given as a file are of no known run, wherever they lie.
     """
-    model = about.get("model")
-    if "model" in about and model is None and not (place / "recipe.yaml").is_file():
-        return None
-    starts = [place] if model is None else [place, Path(model)]
-    for start in reversed(starts):
-        for folder in (start, *list(start.parents)[:2]):
-            if (folder / "recipe.yaml").is_file():
-                return folder.resolve()
-    return None
+    is_run, model = (place / "recipe.yaml").is_file(), about.get("model")
+    if not about and not is_run and any((place / f"{name}.json").is_file() for name in ("metrics", "duplicates")):
+        return "no evaluation.json says what it is of"
+    if about and model is None and not is_run:
+        return NO_RUN
+    starts = [place] if model is None else [Path(model), place]
+    runs = [run for start in starts for run in _runs_above(start)]
+    if about.get("weights") is None:
+        return runs[0] if runs else NO_RUN
+    stale = []
+    for run in dict.fromkeys(runs):
+        checkpoint = run / Path(model).name
+        if checkpoint not in digests:
+            digests[checkpoint] = weights_digest(checkpoint)
+        if digests[checkpoint] == about["weights"]:
+            return run
+        if digests[checkpoint] is not None:
+            stale.append(str(checkpoint))
+    if stale:
+        return f"of other weights than {' and '.join(stale)} has now"
+    return runs[0] if runs else NO_RUN
+
+
+def _runs_above(start: Path) -> list[Path]:
+    """Return the nearest folder with a recipe: this one or one of the two above it; [] if there is none."""
+    folders = [one for one in (start, *list(start.parents)[:2]) if (one / "recipe.yaml").is_file()]
+    return [folder.resolve() for folder in folders[:1]]
 
 
 def _unusual_options(run: Path, about: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -382,20 +400,6 @@ def data_name(source: str) -> str:
     return path.parent.parent.name or path.stem if path.suffix == ".json" else path.name
 
 
-def _read(path: Path) -> dict:
-    """Return what a json file holds; nothing if there is none. Refuse texts in the place of figures."""
-    content = read_json(path) if path.is_file() else {}
-    content = content if isinstance(content, dict) else {}
-    for name in _NUMBERS.get(path.stem, ()):
-        value = content.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{name} of {path} is {value!r}; the rule is a number.")
-    lacking = [name for name in _NEEDED.get(path.stem, ()) if content and name not in content]
-    if lacking:
-        raise ValueError(f"{path} has no {', '.join(lacking)}; the rule is a file as `drmm evaluate` writes it.")
-    return content
-
-
 def measured_blocks(table: Table, results: Sequence[Result]) -> list[Block]:
     """Sort results into the rows of a table.
 
@@ -407,19 +411,24 @@ def measured_blocks(table: Table, results: Sequence[Result]) -> list[Block]:
         `list[Block]`: First COCO's split of the table, whether there are results or not, then one for each split of
         other data with a run that is a row of the table.
     """
-    groups: dict[tuple[bool, str, str], list[Result]] = {(True, "COCO", table.split): []}
+    groups: dict[tuple[bool, str, str, str], list[Result]] = {(True, "COCO", table.split, ""): []}
     for result in results:
-        key = (True, "COCO") if result.is_coco else (False, result.data)
-        groups.setdefault((*key, result.split), []).append(result)
+        if result.is_coco:
+            key = True, "COCO", result.split, ""
+        else:
+            key = False, result.data, result.split, result.ground_truth or ""
+        groups.setdefault(key, []).append(result)
+    names = [key[:3] for key in groups]
     blocks = []
-    for (is_coco, data, split), mine in groups.items():
+    for (is_coco, data, split, digest), mine in groups.items():
         rows: list[Measured] = []
         for row in table.rows if is_coco else _rows_elsewhere(table, mine):
             rows += _measure(table, row, mine, is_coco) or [Measured(row)]
         if (is_coco and split == table.split) or any(row.values for row in rows):
             sizes = [result.files["metrics"]["num_images"] for result in mine if "metrics" in result.files]
             rows = _name_differences(table, _add_ratios(rows), by_row=is_coco)
-            blocks.append(Block(data, split, is_coco, max(sizes, default=None), tuple(rows)))
+            digest = digest[:8] if names.count((is_coco, data, split)) > 1 else ""
+            blocks.append(Block(data, split, is_coco, max(sizes, default=None), tuple(rows), digest))
     return blocks
 
 

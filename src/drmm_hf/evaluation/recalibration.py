@@ -5,7 +5,6 @@ They are fitted on one split and tested on another.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from .calibration import expected_calibration_error, match_predictions
 from .coco_metrics import load_annotations
 from .coverage import fit_scale_factor, matched_boxes
 from .matches import match
+from .origin import annotations_digest
 from .thresholds import best_thresholds
 
 
@@ -175,7 +175,8 @@ def fit_calibrators(
     if all("box_scales" in entry for entry in detections_coco):
         factor = fit_scale_factor(matched_boxes(annotations, detections_coco, top_k), freedom)
         fitted |= {} if factor is None else {"scale_factor": factor}
-    return fitted | {"fitted_on": {"num_images": len(annotations["images"]), "pictures": _fingerprint(annotations)}}
+    fitted_on = {"num_images": len(annotations["images"]), "pictures": annotations_digest(annotations)}
+    return fitted | {"fitted_on": fitted_on}
 
 
 def check_calibrators(fitted: Any, annotations: Mapping[str, Any]) -> None:
@@ -321,15 +322,7 @@ def same_pictures(fitted: Mapping[str, Any], annotations: Mapping[str, Any]) -> 
     Returns:
         `bool`: True if so.
     """
-    return fitted.get("fitted_on", {}).get("pictures") == _fingerprint(annotations)
-
-
-def _fingerprint(annotations: Mapping[str, Any]) -> str:
-    """Return a digest of names and annotations of all pictures: other splits may hold a 000001.png too."""
-    names = {record["id"]: str(record.get("file_name", record["id"])) for record in annotations["images"]}
-    boxes = ((names.get(one["image_id"]), *map(float, one["bbox"])) for one in annotations["annotations"])
-    lines = [*names.values(), *map(repr, boxes)]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return fitted.get("fitted_on", {}).get("pictures") == annotations_digest(annotations)
 
 
 def _check(correct: np.ndarray) -> None:

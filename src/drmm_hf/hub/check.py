@@ -17,13 +17,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_imports
 
+from ..evaluation.origin import weight_files
 from ..modeling import image_processing_drmm, modeling_drmm
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
 from ..modeling.remote_code import AUTO_MAPS, requirements
 from .card import check_card
-from .results import weight_files
 
 
 # What a published folder may hold; checkpoints of optimizers, random states and pickles are nothing of these.

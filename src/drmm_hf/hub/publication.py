@@ -17,6 +17,7 @@ from transformers.utils import is_matplotlib_available
 
 from ..conversion.model_card import model_card
 from ..evaluation.files import read_json, write_json, write_text
+from ..evaluation.origin import weight_files
 from ..evaluation.predict import load_detector
 from ..modeling.remote_code import requirements
 from ..training.checkpoint import finish_folder, start_folder
@@ -25,7 +26,7 @@ from .bundle import save_bundle
 from .card import Subject, card_data, is_untouched, write_card
 from .check import check_folder
 from .places import names_only
-from .results import find_evaluations, find_training, weight_files
+from .results import find_evaluations, find_training
 
 
 # Files that an earlier publication may hold.

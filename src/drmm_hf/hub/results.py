@@ -11,16 +11,15 @@ from typing import Any
 import yaml
 
 from ..evaluation.files import read_json
+from ..evaluation.origin import weight_files, weights_digest
 from ..evaluation.paper_tables import data_name
+from ..evaluation.report_files import read_report
 from ..modeling.configuration_drmm import DrmmConfig
 from .places import command_names_only, may_be_repo_id, names_only
 
 
 # What an evaluation may write that a card shows.
 REPORTS = ("metrics", "calibration", "coverage", "likelihood")
-# Metrics that must be there: fractions, or None where not defined; and counts.
-_FRACTIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ECE", "ECE_0.1")
-_COUNTS = ("num_images", "num_ground_truths")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Evaluation:
         data (`str`): Name of the data, or their id on the Hub.
         split (`str`): Their split.
         chose (`bool`): Whether these figures chose the checkpoint: they are the training run's own.
-        about (`dict`): Content of `evaluation.json`; empty for those of a run.
+        about (`dict`): Content of `evaluation.json`; empty if there is none.
         reports (`dict[str, dict]`): Contents of `metrics.json` and the others of `REPORTS`, those there are.
     """
 
@@ -98,7 +97,7 @@ def find_evaluations(
         FileNotFoundError: If a folder that was given holds no `metrics.json`.
     """
     folder, given = Path(folder).resolve(), list(map(Path, given))
-    weights = max((path.stat().st_mtime for path in weight_files(folder)), default=0.0)
+    digest, written = weights_digest(folder), max((path.stat().st_mtime for path in weight_files(folder)), default=0.0)
     found: dict[tuple[str, str], Evaluation] = {}
     left_out: dict[Path, str] = {}
     for place in given or _places(folder):
@@ -108,7 +107,11 @@ def find_evaluations(
             )
         evaluation = _read(place)
         reason = _reason_against(evaluation, folder, config, calibration)
-        if reason is None and not given and not evaluation.chose and _written(evaluation) < weights:
+        known = evaluation.about.get("weights")
+        if reason is None and known is not None and known != digest:
+            reason = "it is of other weights than the model has now; evaluate again"
+        unknown = known is None and not given and not evaluation.chose
+        if reason is None and unknown and _written(evaluation) < written:
             reason = "it is older than the weights; evaluate again, or name it with --results"
         if reason is not None:
             if given:
@@ -149,18 +152,6 @@ def find_training(folder: str | Path) -> TrainingRecord | None:
     return TrainingRecord(recipe, manifest, summary)
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """List the weights of a model folder, without variants such as `model.raw.safetensors`.
-
-    Args:
-        folder (`str` or `Path`): Of the model.
-
-    Returns:
-        `list[Path]`: `model.safetensors`, or the parts that it is split into.
-    """
-    return sorted(path for path in Path(folder).glob("model*.safetensors") if path.name.count(".") == 1)
-
-
 def data_title(source: str) -> str:
     """Name data without their place.
 
@@ -184,16 +175,15 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _read(place: Path) -> Evaluation:
-    reports = {name: read_json(place / f"{name}.json") for name in REPORTS if (place / f"{name}.json").is_file()}
-    _check_metrics(reports["metrics"], place / "metrics.json")
-    chose = not (place / "evaluation.json").is_file() and (place / "recipe.yaml").is_file()
-    if chose:
+    reports = {name: read_report(place / f"{name}.json") for name in REPORTS}
+    reports = {name: report for name, report in reports.items() if report}
+    about = read_report(place / "evaluation.json")
+    chose = about.get("step") is not None or (not about and (place / "recipe.yaml").is_file())
+    if chose and not about:
         data = _read_recipe(place).get("data", {})
         name = str(data.get("source") or "")
         split = "holdout" if data.get("holdout") else data.get("val_split") or "val"
-        about = {}
     else:
-        about = read_json(place / "evaluation.json") if (place / "evaluation.json").is_file() else {}
         name, split = str(about.get("data") or ""), about.get("split") or place.name
     return Evaluation(place, data_title(name) or "unnamed data", str(split), chose, about, reports)
 
@@ -206,25 +196,6 @@ def _read_recipe(run: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{run / 'recipe.yaml'} is no recipe: the rule is sections with fields.")
     return recipe
-
-
-def _check_metrics(metrics: Any, path: Path) -> None:
-    metrics = metrics if isinstance(metrics, dict) else {}
-    per_class = metrics.get("AP_per_class")
-    wrong = [name for name in _FRACTIONS if name not in metrics or not _is_fraction(metrics[name])]
-    wrong += [name for name in _COUNTS if type(metrics.get(name)) is not int]
-    if not isinstance(per_class, dict) or not all(map(_is_fraction, per_class.values())):
-        wrong.append("AP_per_class")
-    if not isinstance(metrics.get("reliability"), dict):
-        wrong.append("reliability")
-    if wrong:
-        raise ValueError(
-            f"{path}: {', '.join(wrong)} missing or no fraction; the rule is a file as `drmm evaluate` writes it."
-        )
-
-
-def _is_fraction(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1)
 
 
 def _reason_against(

@@ -25,6 +25,7 @@ from ..data.problems import Problems
 from ..evaluation.detections import Detections
 from ..evaluation.evaluate import category_of_label, measure
 from ..evaluation.files import run_lock, write_text
+from ..evaluation.origin import origin
 from ..evaluation.predict import predict
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
@@ -176,7 +177,10 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
             if is_new and accelerator.is_main_process:
                 save_model(output_dir / "best", kept_model, processor, raw_model)
                 mapping = category_of_label(kept_model.config, annotations["categories"])
-                measure(detections, annotations, mapping, output_dir)
+                data, split = recipe.data, "holdout" if recipe.data.holdout else recipe.data.val_split
+                best, source = output_dir / "best", data.source or data.val_annotations
+                about = origin(best, source, split, annotations, step=progress.step)
+                measure(detections, annotations, mapping, output_dir, about=about)
         progress.evaluation_due = False
         lost.clear()
         clock.read()
