@@ -7,11 +7,12 @@ not wait for that.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -60,8 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments after `drmm`; by default those of the process.
 
     Returns:
-        `int`: 0, 2 if an argument, a file or a value is wrong (said in one line on stderr), or 130 if interrupted.
+        `int`: 0, 2 if an argument, a file or a value is wrong, 1 if anything else went wrong (each is said in one line
+            on stderr), or 130 if interrupted. `drmm doctor` returns 1 if it finds problems.
     """
+    if not sys.stderr.isatty():  # before libraries are imported, which read this then
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     with _Unread(sys.stdout) as out, _Unread(sys.stderr) as err, redirect_stdout(out), redirect_stderr(err):
         return _main(sys.argv[1:] if argv is None else argv)
 
@@ -104,16 +109,21 @@ class _Unread:
 def _main(argv: list[str]) -> int:
     with _hollow_package():
         args = _parse(argv)
+    as_json = getattr(args, "json", False)
     try:
-        return import_module(f"drmm_hf.commands.{args.command}").run(args)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            code = import_module(f"drmm_hf.commands.{args.command}").run(args)
+        if as_json and args.document is not None:  # the main process of several has it
+            print(json.dumps(args.document, indent=1, allow_nan=False))
+        return code
     except KeyboardInterrupt:
         print(f"drmm {args.command}: interrupted", file=sys.stderr)
         return 130
-    except _expected_errors() as error:
+    except Exception as error:
         if args.debug:
             raise
-        print(f"drmm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        print(f"drmm {args.command}: {_in_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, _errors_of_input()) else 1
 
 
 @contextmanager
@@ -161,11 +171,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _expected_errors() -> tuple[type[Exception], ...]:
+def _in_one_line(error: Exception) -> str:
+    """Say what went wrong, and of a defect also what kind it is, since its words may say nothing."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (*_errors_of_input(), FloatingPointError)):  # the latter: a loss that is not finite
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where it comes from)"
+
+
+def _errors_of_input() -> tuple[type[Exception], ...]:
     """Return the errors of wrong arguments, files and values; a configuration's are imported only when needed."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return ValueError, OSError, FloatingPointError, StrictDataclassError
+    return ValueError, OSError, StrictDataclassError
 
 
 def _version() -> str:

@@ -1,5 +1,9 @@
+import argparse
+import json
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 import drmm_cli as cli
 import drmm_hf
+from drmm_hf.commands import benchmark
+from drmm_hf.commands.document import add_json
 
 
 @pytest.fixture
@@ -60,13 +66,49 @@ def test_a_wrong_value_is_said_in_one_line(stub, capsys, error):
         cli.main(["predict", "x", "--debug"])
 
 
-def test_a_defect_keeps_its_traceback(stub):
+def test_a_defect_is_named_and_shows_its_traceback_when_asked_to(stub, capsys):
     def run(args):
-        raise RuntimeError("defect")
+        raise RuntimeError("a\ndefect")
 
     stub.run = run
+    assert cli.main(["predict", "x"]) == 1
+    assert capsys.readouterr().err == "drmm predict: RuntimeError: a defect (--debug shows where it comes from)\n"
     with pytest.raises(RuntimeError):
-        cli.main(["predict", "x"])
+        cli.main(["predict", "x", "--debug"])
+
+
+@pytest.mark.parametrize("document", [{"AP": 0.5}, [], None])
+def test_json_is_all_of_standard_output(stub, capfd, document):
+    """What the command and its libraries print for people goes to standard error; some processes have no document."""
+
+    def add_arguments(parser):
+        add_json(parser)
+
+    def run(args):
+        print("for people")
+        args.document = document
+        return 3
+
+    stub.add_arguments, stub.run = staticmethod(add_arguments), run
+    assert cli.main(["predict", "--json"]) == 3
+    shown = capfd.readouterr()
+    assert shown.err == "for people\n"
+    assert (json.loads(shown.out) if shown.out else None) == document
+    assert cli.main(["predict"]) == 3
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("for people\n", "")
+
+
+def test_libraries_draw_no_bars_where_nobody_sees_them(stub, monkeypatch):
+    names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr(cli.os, "environ", {names[1]: "0"})
+    stub.run = lambda args: 0
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    cli.main(["predict", "x"])
+    assert cli.os.environ == {names[1]: "0"}
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    cli.main(["predict", "x"])
+    assert cli.os.environ == {names[0]: "1", names[1]: "0"}  # unless they are asked for
 
 
 def test_the_result_of_the_command_is_the_exit_code(stub):
@@ -94,16 +136,31 @@ def test_the_command_line_itself_needs_only_the_standard_library():
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
+def test_examples_are_understood():
+    for command, (_, example) in cli.COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        module = import_module(f"drmm_hf.commands.{command}")
+        module.add_arguments(parser)
+        assert example.startswith(f"drmm {command} ")
+        args, rest = parser.parse_known_args(shlex.split(example)[2:])
+        assert not rest or hasattr(args, "fields")
+    for kind, words in benchmark.EXAMPLES.items():
+        parser = argparse.ArgumentParser()
+        benchmark.add_arguments(parser)
+        assert parser.parse_args([kind, *shlex.split(words)]).kind == kind
+
+
 def test_recipes_in_examples_exist():
     root = Path(__file__).parents[1]
-    recipes = [word for _, example in cli.COMMANDS.values() for word in example.split() if word.startswith("scripts/")]
+    examples = [*(example for _, example in cli.COMMANDS.values()), *benchmark.EXAMPLES.values()]
+    recipes = [word for example in examples for word in example.split() if word.startswith("scripts/")]
     assert recipes
     assert [recipe for recipe in recipes if not (root / recipe).is_file()] == []
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(KeyboardInterrupt(), 130), (FloatingPointError("loss is not finite"), 2)],
+    [(KeyboardInterrupt(), 130), (FloatingPointError("loss is not finite"), 1)],
     ids=["ctrl-c", "nan"],
 )
 def test_interruptions_and_diverged_losses_are_said_in_one_line(stub, capsys, error, code):

@@ -68,6 +68,12 @@ def test_the_folder_predicts_what_was_fitted_and_a_second_time_replaces_the_firs
         )
     assert main(arguments) == 0  # fitted to predictions as they are, not on top
     assert json.loads((folder / "preprocessor_config.json").read_text()) == once
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found | {name: once[name] for name in ("calibration", "score_threshold")} == found
+    assert (found["scores"], found["num_pictures"]) == (scores, 3) and "fitted on 3 pictures" in shown.err
     assert main(["calibrate", str(folder), str(coco), "--scores", "none", "--no-scales"]) == 0
     assert json.loads((folder / "preprocessor_config.json").read_text()) == before
 

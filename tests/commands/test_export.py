@@ -10,10 +10,11 @@ from drmm_cli import main
 def test_the_command_exports_compares_and_measures(drmm_folder, coco_folder, tmp_path, capsys):
     output = tmp_path / "out"
     command = ["export", str(drmm_folder), "--format", "torch", "--data", str(coco_folder), "--output", str(output)]
-    assert main(command) == 0
-    said = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    shown, said = capsys.readouterr()
     assert "largest difference to the model in float32" in said and "times as fast" in said
     about = json.loads((output / "export.json").read_text())
+    assert json.loads(shown) == about and not {"\r", "\x1b"} & set(said)
     assert about["AP"]["eager"] == pytest.approx(about["AP"]["exported"], abs=1e-3)
     assert f"AP in per cent: {100 * about['AP']['eager']:.3f} in torch" in said
     assert main(command) == 2

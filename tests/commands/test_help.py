@@ -24,12 +24,17 @@ def run(*arguments):
     return subprocess.run(command, cwd=Path(cli.__file__).parent, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+KINDS = ["loader", "cost", "eval", "infer", "train", "loss", "pooling", "paths"]
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS, *(f"benchmark {kind}" for kind in KINDS)])
 def test_help_has_an_example_and_waits_for_no_library(command):
-    done = run(*filter(None, [command]), "--help")
+    done = run(*command.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "imported\n")
-    example = f"drmm {command} " if command else "drmm train "
-    assert f"example: {example}" in " ".join(done.stdout.split())
+    shown = " ".join(done.stdout.split())
+    assert f"example: drmm {command or 'train'} " in shown
+    if command == "benchmark":
+        assert all(f" {kind} " in shown for kind in KINDS)
 
 
 def test_usage_errors_wait_for_no_library():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .counts import at_least
+from .document import add_json
 
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--planted", metavar="FILE", help="measure the audit: planted_errors.json of scripts/plant_errors.py"
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,10 +88,12 @@ def run(args: argparse.Namespace) -> int:
     result = audit(annotations, evidence, entries, args.top_k)
     (output / "audit.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     written = ["audit.json", "detections.json", *draw_sheets(result, dataset, annotations, output, args.worst)]
+    args.document = result
     print(summary(result, annotations))
     if planted is not None:
         scored, files = measure_audit(result, annotations, entries, planted, output, args.top_k)
         written += files
+        args.document = result | {"planted": scored}
         print(f"\n{score_table(scored)}")
     print(f"written to {output}: {', '.join(written)}")
     return 0

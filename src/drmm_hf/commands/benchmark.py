@@ -7,6 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from .counts import at_least
+from .document import add_json
+
+
+# Of each kind, what stands behind its name.
+EXAMPLES = {
+    "loader": "DATA --split val",
+    "cost": "runs/quickstart/best --speed",
+    "eval": "--num-pictures 500",
+    "infer": "--model runs/quickstart/best --size 320 320",
+    "train": "--recipe scripts/recipes/quickstart_generated.yaml",
+    "loss": "--objects 15",
+    "pooling": "--boxes 100",
+    "paths": "--model runs/quickstart/best --size 320 320",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,8 +186,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and pictures (default: float32)",
     )
     paths.add_argument("--repetitions", type=at_least(1), default=3, metavar="N", help="turns (default: 3)")
-    for kind in kinds.choices.values():
+    for name, kind in kinds.choices.items():
         kind.add_argument("--output", metavar="FILE", help="where to write the figures as json")
+        kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        kind.epilog = f"example: drmm benchmark {name} {EXAMPLES[name]}"
+        add_json(kind)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -192,6 +209,7 @@ def run(args: argparse.Namespace) -> int:
     from ..benchmarks.tables import TABLES
     from ..evaluation.files import write_json
 
+    args.document = figures
     print(TABLES[args.kind](figures))
     if args.output is not None:
         write_json(figures, args.output)

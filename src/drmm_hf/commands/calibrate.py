@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .counts import at_least
+from .document import add_json
 
 
 _FEW_OBJECTS = 100  # fewer say little about others
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=at_least(1), default=1, metavar="N", help="pictures a batch; changes no figure"
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
                 f"little: {', '.join(rare)}",
                 file=sys.stderr,
             )
+    args.document = fields | {"scores": method, "held_out": errors, "num_pictures": len(dataset)}
     if args.scores == "auto":
         print(f"{choice(errors, method)}\n")
     print(summary(fields, config.id2label, len(dataset)))

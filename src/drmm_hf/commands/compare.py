@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .counts import at_least
+from .document import add_json
 
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures to draw, where they differ most (default: 4)",
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"batch_size": args.batch_size, "top_k": args.top_k, "num_timed": args.timed}
     result = compare(detectors, dataset, annotations, output, **options)
     written = ["compare.json", *draw_differences(result, dataset, annotations, output, args.drawn)]
+    args.document = result
     print(comparison(result))
     print(f"written to {output}: {', '.join(written)}")
     return 0

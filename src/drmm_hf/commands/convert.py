@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from .document import add_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="unpickle objects other than tensors, which runs code of whoever wrote the file",
     )
+    add_json(parser)
     parser.set_defaults(fields=[])
 
 
@@ -44,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..conversion.convert import convert_checkpoint
+    from ..evaluation.files import read_json
     from ..training.arguments import parse_value
 
     logging.disable_progress_bar()  # of each weight that is written
     fields = {name.replace("-", "_"): parse_value(name, value) for name, value in given.items()}
     print(convert_checkpoint(args.checkpoint, args.output, args.labels, args.trust_pickle, fields))
+    args.document = read_json(Path(args.output) / "conversion.json")
     print(f"{args.output} is the model; conversion.json in it accounts for every tensor")
     return 0

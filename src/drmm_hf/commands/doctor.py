@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from .counts import at_least
+from .document import add_json
 
 
 _LISTED = 5  # messages of one kind that are printed; --json has all
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=at_least(1), metavar="N", help="pictures decoded side by side (default: cores)"
     )
-    parser.add_argument("--json", action="store_true", help="print everything as json, and nothing else")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     report = examine(
         args.data, args.split, num_queries=args.num_queries, bbox_format=args.bbox_format, threads=args.threads
     )
-    print(json.dumps(report, indent=1) if args.json else text(report))
+    args.document = report
+    print(text(report))
     return 1 if report["num_problems"] else 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .counts import at_least
+from .document import add_json
 
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they were saved)"
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -184,7 +186,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 # Arguments that a submission heeds, and those of every command.
-_OF_SUBMISSIONS = {"model", "data", "images", "output", "batch_size", "top_k", "submission", "dtype", "device"}
+_OF_SUBMISSIONS = {"model", "data", "images", "output", "batch_size", "top_k", "submission", "dtype", "device", "json"}
 _OF_SUBMISSIONS |= {"command", "debug"}
 
 
@@ -205,7 +207,9 @@ def submit(args: argparse.Namespace, source: str, processes: PartialState | None
     model, processor = load_detector(source, args.device if processes is None else processes.device, args.dtype)
     options = {"batch_size": args.batch_size, "top_k": args.top_k, "processes": processes}
     path = write_submission(model, processor, args.data, args.images, args.output, args.submission, **options)
-    print(*([] if path is None else [f"written to {path}"]))
+    if path is not None:
+        args.document = {"written": str(path)}
+        print(f"written to {path}")
     return 0
 
 
@@ -302,7 +306,9 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         losses = measure_likelihood(model, processor, dataset, annotations, output, args.batch_size)
         reports = chain(reports, [("likelihood", losses)])
     picture = None if dataset is None else partial(read_picture, dataset)
+    args.document = {"evaluation": read_json(output / "evaluation.json")}
     for name, report in reports:
+        args.document[name] = report
         written.append(f"{name}.json")
         if "not_measured" in report:
             print(f"\n{name} was not measured: {report['not_measured']}", flush=True)
@@ -320,6 +326,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     if args.assignments:
         matched = assignments(model, processor, dataset, annotations, num_images=args.assignments)
         write_text(output / "assignments.json", json.dumps(matched, allow_nan=False) + "\n")
+        args.document["assignments"] = matched
         written.append("assignments.json")
     print(f"written to {args.output}: {', '.join(written)}")
     return 0

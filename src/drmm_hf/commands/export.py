@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .document import add_json
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments.
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="DATA", help="also measure AP before and after on a split of this data")
     parser.add_argument("--split", default="val", help="split of the data (default: val)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         about["AP"] = precision_of({"eager": graph, "exported": exported}, processor, model.config, *split)
         eager, other = about["AP"].values()
         print(f"\nAP in per cent: {100 * eager:.3f} in torch, {100 * other:.3f} in {args.format}")
-    write_json(about, Path(args.output) / "export.json")
+    args.document = write_json(about, Path(args.output) / "export.json")
     print(f"\n{args.output} is the export; export.json in it has the figures")
     return 0
 

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .counts import at_least
+from .document import add_json
 
 
 if TYPE_CHECKING:
@@ -80,11 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="stop at pictures that cannot be read, or name them and leave them out (default: error)",
     )
-    parser.add_argument("--json", action="store_true", help="print the boxes as json, and nothing else")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they were saved)"
     )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,12 +176,12 @@ def _predict(args: argparse.Namespace, name: str, files: Sequence[PictureFile]) 
             predicted[file] = _film(args, model, processor, film, places[file])
     finally:  # a film may be damaged at its end
         records = [predicted[file] for file in files if file in predicted]
-        text = json.dumps(records, indent=1)
         if records:
-            write_text(output / "predictions.json", text + "\n")
+            write_text(output / "predictions.json", json.dumps(records, indent=1) + "\n")
     if args.coco:
         write_json(coco_content(records, model.config), args.coco)
-    print(text if args.json else _lines(records))
+    args.document = records
+    print(_lines(records))
     return 0
 
 

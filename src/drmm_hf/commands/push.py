@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from .document import add_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replace-card", action="store_true", help="replace the card on the Hub even if somebody has edited it"
     )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,12 +76,12 @@ def push(args: argparse.Namespace, model: str, output: Path) -> int:
     Returns:
         `int`: 0.
     """
-    from huggingface_hub.utils import disable_progress_bars
-
     from ..hub.publication import prepare
     from ..hub.upload import upload
 
     publication = prepare(model, args.repo_id, output, args.results, args.license)
+    about = {"folder": str(publication.folder), "files": publication.files}
+    args.document = about | {"checks": publication.checks, "notes": publication.notes, "address": None}
     print(table(publication.files), flush=True)
     print("\n" + "\n".join(f"checked  {line}" for line in publication.checks))
     if publication.notes:
@@ -89,11 +91,10 @@ def push(args: argparse.Namespace, model: str, output: Path) -> int:
             f"\nnothing was uploaded; {publication.folder} is what would be. Read its README.md; an edited one is kept"
         )
         return 0
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     options = {"private": args.private, "create_pr": args.create_pr, "revision": args.revision}
     options |= {"replace_card": args.replace_card} | ({"message": args.message} if args.message else {})
     address = upload(publication.folder, args.repo_id, **options)
+    args.document["address"] = address
     print(f"\n{'proposed in' if args.create_pr else 'published:'} {address}")
     return 0
 

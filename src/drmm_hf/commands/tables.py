@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .document import add_json
+
 
 if TYPE_CHECKING:
     from ..evaluation.paper_tables import Block, Measured, Row, Table
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/tables", metavar="DIR", help="where --run trains (runs/tables)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that --run would start, and leave")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print json")
+    add_json(form)
     form.add_argument("--markdown", action="store_true", help="print markdown")
     parser.set_defaults(fields=[])
 
@@ -87,10 +89,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"left out, no row of table {args.number} is of it ({about}): {result.run}", file=sys.stderr)
         for old, new in result.superseded.items():
             print(f"left out, older than {new}, of the same model and split: {old}", file=sys.stderr)
-    if args.json:
-        print(json.dumps(as_json(table, blocks), indent=2))
-    else:
-        print("\n".join(lines_of(table, blocks, markdown_lines if args.markdown else text_lines)))
+    args.document = as_json(table, blocks)
+    print("\n".join(lines_of(table, blocks, markdown_lines if args.markdown else text_lines)))
     return 0
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .document import add_json
+
 
 if TYPE_CHECKING:
     from ..training.arguments import Recipe
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="list all fields and leave",
     )
+    add_json(parser)
     parser.set_defaults(fields=[])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{_usual_fields()}\n{parser.epilog}"
@@ -108,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     summary = train(recipe)
     if PartialState().is_main_process:
         output_dir = Path(recipe.training.output_dir)
+        args.document = summary
         print(f"best checkpoint (step {summary['best_step']}) on the validation split, {per_cent(summary)}")
         print(f"{summary['steps']} steps, {summary['images']} images, {summary['seconds'] / 60:.1f} minutes")
         _draw_curves(output_dir)
