@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()  # of each weight that is written
     fields = {name.replace("-", "_"): parse_value(name, value) for name, value in given.items()}
     print(convert_checkpoint(args.checkpoint, args.output, args.labels, args.trust_pickle, fields))
-    args.document = read_json(Path(args.output) / "conversion.json")
+    if args.json:
+        args.document = read_json(Path(args.output) / "conversion.json")
     print(f"{args.output} is the model; conversion.json in it accounts for every tensor")
     return 0
