@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests scripts
 
-.PHONY: install quickstart test coverage quality style docs notebooks browser conformance conformance-peers bench clean
+.PHONY: install quickstart test coverage quality types style docs notebooks browser conformance conformance-peers bench clean
 
 install: .venv/installed
 
@@ -35,6 +35,9 @@ quality: install  ## style and lint, changing nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
+types: install  ## annotations, of the rooms that pyproject.toml does not leave out
+	$(BIN)/python -m mypy
+
 style: install  ## mend style and lint
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
@@ -62,4 +65,4 @@ bench: install  ## measure again all that docs/performance.md shows: an hour on 
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/measure_page.py docs/performance.md
 
 clean:
-	rm -rf .venv runs docs/notebooks/runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs docs/notebooks/runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -164,8 +164,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             import_module(f"drmm_hf.commands.{name}").add_arguments(command)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "fields"):
-        command = f"{args.command} {args.kind}" if hasattr(args, "kind") else args.command
-        parser.error(f"{command} does not know {' '.join(rest)}; drmm {command} --help lists what it takes")
+        words = f"{args.command} {args.kind}" if hasattr(args, "kind") else args.command
+        parser.error(f"{words} does not know {' '.join(rest)}; drmm {words} --help lists what it takes")
     if rest:
         args.fields = rest
     return args
@@ -189,4 +189,6 @@ def _errors_of_input() -> tuple[type[Exception], ...]:
 def _version() -> str:
     """Read the version of the package without importing it."""
     text = (Path(__file__).with_name("drmm_hf") / "__init__.py").read_text(encoding="utf-8")
-    return re.search(r'__version__ = "(.+)"', text)[1]
+    found = re.search(r'__version__ = "(.+)"', text)
+    assert found is not None
+    return found[1]

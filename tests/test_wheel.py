@@ -30,7 +30,7 @@ import drmm_hf
 for module in walk_packages(drmm_hf.__path__, "drmm_hf."):
     if module.name not in ("drmm_hf.__main__", "drmm_hf.demo.app"):  # which runs, and which needs gradio
         import_module(module.name)
-assert paper_table(1)
+assert paper_table(1) and (Path(drmm_hf.__file__).parent / "py.typed").is_file()
 places = {Path(m.__file__).resolve() for n, m in list(sys.modules.items()) if n.startswith("drmm_") and m.__file__}
 assert len(places) > 50 and all(Path(sys.argv[1]).resolve() in place.parents for place in places), places
 """

@@ -335,9 +335,9 @@ def check_records(records: Records, problems: Problems) -> pa.Table:
         *(pa.array(columns[name]) for name in ("area", "iscrowd")),
     ]
     objects = pa.StructArray.from_arrays(fields, ["id", "category_id", "bbox", "area", "iscrowd"])
-    columns = {name: [row[name] for row in kept] for name in ("image_id", "file_name", "width", "height")}
+    pictures = {name: [row[name] for row in kept] for name in ("image_id", "file_name", "width", "height")}
     table = pa.table(
-        columns | {"objects": pa.ListArray.from_arrays(pa.array(offsets), objects)},
+        pictures | {"objects": pa.ListArray.from_arrays(pa.array(offsets), objects)},
         schema=_TABLE_FEATURES.arrow_schema,
     )
     content = {"categories": [{"id": i, "name": name} for i, name in known.items()], "problems": problems.found}
@@ -411,7 +411,7 @@ def _checked_annotations(
         if image_id not in rows:
             message = f"image_id {image_id} is not among the {len(kept)} images"
             problems.add("unknown_image", where(position), message)
-        elif rows[image_id] is None:
+        elif (row := rows[image_id]) is None:
             continue  # left out with its picture
         elif category_id not in known:
             message = f"category_id {category_id} is not among the categories {sorted(known)}"
@@ -419,12 +419,12 @@ def _checked_annotations(
         elif not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
             problems.add("box_not_finite", where(position), f"bbox is {bbox!r}, must be 4 finite numbers below 2**63")
         else:
-            values = (position, rows[image_id], annotation_id, category_id, int(crowd or 0))
+            values = (position, row, annotation_id, category_id, int(crowd or 0))
             for column, value in zip(integers.values(), values, strict=True):
                 column.append(value)
             boxes.extend(bbox)
             areas.append(bbox[2] * bbox[3] if area is None else area)
-    columns = {name: np.frombuffer(column, np.int64) for name, column in integers.items()}
+    columns: dict[str, np.ndarray] = {name: np.frombuffer(column, np.int64) for name, column in integers.items()}
     columns |= {"area": np.frombuffer(areas), "bbox": np.frombuffer(boxes).reshape(-1, 4)}
     return columns, where
 

@@ -136,7 +136,7 @@ def load_detection_dataset(
     if annotations is not None:
         _refuse("COCO", annotations, categories, bbox_format)
         folders = _image_folders(Path(source), split) if images is None else [Path(images)]
-        readers = {split: partial(_read_coco, Path(annotations), folders)}
+        readers: dict[str, Reader] | None = {split: partial(_read_coco, Path(annotations), folders)}
     else:
         _, readers = _folder_splits(Path(source), images, categories, bbox_format)
     if readers is None and streaming:
@@ -248,7 +248,7 @@ def save_coco(dataset: Dataset, folder: str | Path, split: str) -> Path:
 # Splits and policy ---------------------------------------------------------------------------------------------------
 
 
-def _load(read: Reader, source: str, invalid: str) -> Dataset:
+def _load(read: Reader, source: str, invalid: Literal["error", "skip"]) -> Dataset:
     """Read a split and apply the policy to what is wrong with it."""
     check_policy(invalid)
     problems = Problems()
@@ -316,6 +316,7 @@ def _folder_splits(
     folder: Path, images: str | Path | None, categories: Iterable[Mapping[str, Any]] | None, bbox_format: str | None
 ) -> tuple[str, dict[str, Reader] | None]:
     """Recognise a folder; None stands for the splits where only `datasets` may know it."""
+    readers: dict[str, Reader] | None
     layout, readers = "COCO", _coco_splits(folder, images)
     if images is not None and not readers:
         raise ValueError(f"images is given, but {folder}/annotations has no COCO file: give annotations as well")
@@ -407,7 +408,7 @@ def _annotations(path: Path, problems: Problems, placeholder: bool = False) -> D
 def _without_placeholder(content: dict[str, Any], path: Path) -> list[Any]:
     """Leave out the category that stands for the whole project, under which Roboflow puts the classes."""
     records = content["categories"]
-    first, rest = records[0] if records else None, records[1:]
+    first, rest = records[0] if records else {}, records[1:]
     named = all(isinstance(record, dict) and record.get("supercategory") == first.get("name") for record in rest)
     if not rest or not named or any(a.get("category_id") == first.get("id") for a in _dicts(content["annotations"])):
         return records

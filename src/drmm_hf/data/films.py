@@ -23,7 +23,7 @@ class Frame(NamedTuple):
         image (`PIL.Image.Image`): The picture as displayed.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index, which nobody needs of a frame
     seconds: float
     image: Image.Image
 
@@ -90,7 +90,7 @@ def film_writer(path: str | Path, rate: Fraction) -> Iterator[Any]:
     av, path = _decoder(), Path(path)
     aside = path.with_name(f".{path.name}")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    streams = []
+    streams: list[Any] = []
     try:
         with av.open(str(aside), "w", format="mp4") as container:
 

@@ -102,7 +102,7 @@ class _Shape:
 
     def __init__(self, category: int, centre: np.ndarray, size: float, stretch: float, angle: float) -> None:
         self.category, self.centre, self.size, self.stretch, self.angle = category, centre, size, stretch, angle
-        kind = CATEGORIES[category]["name"]
+        kind = str(CATEGORIES[category]["name"])
         axes = np.array([np.sqrt(stretch), 1 / np.sqrt(stretch)])
         turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
         if kind == "ellipse":

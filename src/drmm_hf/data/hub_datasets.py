@@ -48,8 +48,8 @@ def hub_splits(
     _check_format(bbox_format)
     _check_place(source)
     splits = datasets.load_dataset(source) if alone is None else {alone: _fetch(source, alone)}
-    given = None if given is None else [dict(record) for record in given]
-    return {split: partial(_read, splits, split, source, given, bbox_format) for split in splits}
+    categories = None if given is None else [dict(record) for record in given]
+    return {split: partial(_read, splits, split, source, categories, bbox_format) for split in splits}
 
 
 def hub_stream(
@@ -85,7 +85,8 @@ def hub_stream(
     key, records, id_of = _category_column({split: stream}, split, source, given)
     raw = stream.cast_column("image", datasets.Image(decode=False))
     if bbox_format is None:
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for position, record in enumerate(raw.take(_EVIDENCE_ROWS)):
             image_id = _stream_id(record)
             place = f"{where}, row {position}"
@@ -125,7 +126,8 @@ def prove_box_format(boxes: np.ndarray, image_sizes: np.ndarray, areas: np.ndarr
     boxes, image_sizes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(image_sizes, float).reshape(-1, 2)
     areas = np.full(len(boxes), np.nan) if areas is None else np.asarray(areas, float)
     height, width = image_sizes.T
-    against, exact = {}, {}
+    against: dict[BoxFormat, np.ndarray] = {}
+    exact: dict[BoxFormat, np.ndarray] = {}
     for box_format in _TO_XYWH:
         x, y, w, h = _TO_XYWH[box_format](boxes).T
         outside = (x < -2) | (y < -2) | (x + w > width + 2) | (y + h > height + 2)
@@ -145,7 +147,7 @@ def prove_box_format(boxes: np.ndarray, image_sizes: np.ndarray, areas: np.ndarr
     return best
 
 
-_TO_XYWH = {
+_TO_XYWH: dict[BoxFormat, Callable[[np.ndarray], np.ndarray]] = {
     "xywh": lambda boxes: boxes,
     "xyxy": lambda boxes: np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
     "cxcywh": lambda boxes: np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2:]], axis=1),
@@ -224,8 +226,8 @@ def _records(
     annotations: list[dict[str, Any]] = []
     rows = zip(_image_ids(dataset), dataset.select_columns(there), strict=True)
     for position, (image_id, record) in enumerate(rows):
-        known = paths is not None and paths[position] and {"width", "height"} <= record.keys()
-        image = {"bytes": None, "path": paths[position]} if known else raw[position]["image"]
+        path = paths[position] if paths is not None and {"width", "height"} <= record.keys() else None
+        image = {"bytes": None, "path": path} if path else raw[position]["image"]
         place = f"{where}, row {position}"
         _add_row(images, annotations, record, image, image_id, place, key, id_of, problems)
     names = [record["file_name"] for record in images]
@@ -265,7 +267,11 @@ def _add_row(
     try:
         if width is None or height is None:
             width, height = displayed_size(open_image(image))
-        name = Path(name).name if name else f"{image_id}.{open_image(image).format.lower()}"
+        if not name:
+            image_format = open_image(image).format
+            assert image_format is not None  # whatever was opened has one
+            name = f"{image_id}.{image_format.lower()}"
+        name = Path(name).name
     except Exception as error:  # decoders of broken files raise whatever they stumble over
         problems.add("unreadable_picture", where, f"cannot be read: {error}")
         return
@@ -318,7 +324,7 @@ def _category_column(
     elif given is None:
         if isinstance(splits[split], IterableDataset):
             raise ValueError(f"{source} names no categories, and a stream is not searched for them: give categories")
-        entries = set()
+        entries: set[Any] = set()
         for dataset in splits.values():
             for record in dataset.select_columns("objects"):
                 objects = record["objects"]

@@ -114,7 +114,7 @@ def read_pair(
     objects = [{**item, "category_id": label_map.label(item["category_id"])} for item in row["objects"]]
     if augmentation is not None:
         with _random_state(*key):
-            image, target = augmentation(image, _target(objects, image.shape[-2:]))
+            image, target = augmentation(image, _target(objects, (image.shape[-2], image.shape[-1])))
         objects = _objects(target)
     return image, {"image_id": row["image_id"], "annotations": objects}
 

@@ -156,7 +156,7 @@ def _size(content: ElementTree.Element, picture: Path) -> tuple[int, int]:
 def _box(entry: ElementTree.Element) -> list[float]:
     corners = {key: entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")}
     try:
-        left, top, right, bottom = (float(value) for value in corners.values())
-    except (TypeError, ValueError):
+        left, top, right, bottom = (float(value or "") for value in corners.values())
+    except ValueError:
         raise ValueError(f"bndbox is {corners}, must be 4 numbers") from None
     return [left - 1, top - 1, right - left + 1, bottom - top + 1]

@@ -112,7 +112,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _ends_well(image: Mapping[str, Any], image_format: str | None) -> bool:
     """Return whether a JPEG or PNG has its end marker; other formats must be decoded to tell."""
-    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image_format)
+    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image_format or "")
     if marker is None:
         return False
     if image["bytes"] is not None:

@@ -91,7 +91,7 @@ class StreamLoader:
         lanes = [dict(start) for _ in range(min(max(1, self.num_workers), shards))]
         together = self.batch_size if self.group_by_aspect_ratio else 1  # rows of like shape
         order = {"seed": self.seed, "block_size": self.block_size, "together": together}
-        self.position = {"epoch": epoch, "order": order, "next": 0, "lanes": lanes, "left_out": {}}
+        self.position: dict[str, Any] = {"epoch": epoch, "order": order, "next": 0, "lanes": lanes, "left_out": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch that was handed out: numbers, texts, lists and dicts."""
@@ -236,7 +236,8 @@ class _Rows:
         if loader.splits_shards:
             order = order[loader.rank :: loader.num_ranks]
         self.loader, self.order = loader, order[lane :: len(lanes)].tolist()
-        self.shard, self.saved, self.rows = lanes[lane]["shard"], lanes[lane]["rows"], None
+        self.shard, self.saved = lanes[lane]["shard"], lanes[lane]["rows"]
+        self.rows: Any = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         loader, stream = self.loader, self.loader.stream

@@ -166,7 +166,7 @@ def _records(
     annotations: list[dict[str, Any]] = []
     for image_id, (name, label) in enumerate(labels.items(), start=1):
         where = f"{source}: {name}"
-        record = {"id": image_id, "file_name": name, "where": where, "width": 1, "height": 1}
+        record: dict[str, Any] = {"id": image_id, "file_name": name, "where": where, "width": 1, "height": 1}
         images.append(record)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             continue  # refused with the other records

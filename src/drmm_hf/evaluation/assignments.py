@@ -39,7 +39,7 @@ def check_matching(config: Any) -> None:
 
 @torch.no_grad()
 def assignments(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     dataset: datasets.Dataset,
     annotations: str | Path | Mapping[str, Any],

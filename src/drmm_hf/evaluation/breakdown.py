@@ -173,7 +173,7 @@ def bin_figures(
     shares = matches.correct.sum(axis=1) / total if total else None
     result: dict[str, Any] = dict.fromkeys(("num_ground_truths", "AP", "recall", "AR", "ECE", "ECE_0.1"))
     result["num_ground_truths"] = total
-    if total:
+    if shares is not None:
         result |= {"recall": float(shares[0]), "AR": float(shares.mean())}
     if alike is None:
         return result

@@ -49,9 +49,10 @@ class CalibrationResult:
     @classmethod
     def from_dict(cls, numbers: Mapping[str, Any]) -> CalibrationResult:
         """Read what `to_dict` wrote."""
-        bins = [np.array(numbers[name], dtype=float) for name in ("bin_edges", "bin_confidence", "bin_accuracy")]
+        names = ("bin_edges", "bin_confidence", "bin_accuracy")
+        edges, confidence, accuracy = (np.array(numbers[name], dtype=float) for name in names)
         ece = float("nan") if numbers["ece"] is None else numbers["ece"]
-        return cls(ece, *bins, np.array(numbers["bin_count"], dtype=int))
+        return cls(ece, edges, confidence, accuracy, np.array(numbers["bin_count"], dtype=int))
 
 
 def match_predictions(
@@ -324,7 +325,7 @@ def calibration_report(
     counted = ~aware.ignored[0]
     entries = [detections_coco[index] for index in aware.indices[counted].tolist()]
     correct, image_ids = aware.correct[0][counted], aware.image_ids[counted]
-    kinds = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for name, key in (("confidence", "score"), ("class_probability",) * 2, ("objectness",) * 2):
         if not all(key in entry for entry in detections_coco):
             continue
@@ -343,7 +344,7 @@ def calibration_report(
         }
         kinds[name]["reliability"] = reliability.to_dict()
 
-    thresholds = []
+    thresholds: list[dict[str, Any]] = []
     for row, threshold in enumerate(COCO_IOU_THRESHOLDS):
         thresholds.append({"iou_threshold": threshold})
         for matches, suffix in ((aware, ""), (agnostic, "_any_class")):

@@ -72,13 +72,14 @@ def compare(
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     mapping = dict(enumerate(LabelMap.from_categories(annotations["categories"]).category_ids))
-    models, errors = {}, {}
+    models: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     for number, (name, detector) in enumerate(detectors.items(), start=1):
         folder, nll, parameters = output_dir / f"model_{number}", None, None
         if isinstance(detector, Detections):
-            metrics = measure(detector, annotations, mapping, folder, top_k=top_k)
+            metrics: Any = measure(detector, annotations, mapping, folder, top_k=top_k)
         else:
-            options = {"batch_size": batch_size, "progress": progress}
+            options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
             metrics = evaluate(*detector, dataset, annotations, folder, top_k=top_k, **options)
             parameters = sum(parameter.numel() for parameter in detector[0].parameters())
             if has_density(detector[0].config):
@@ -193,6 +194,7 @@ def interleaved_seconds(
         order = np.roll(np.arange(len(detectors)), turn)  # each is first as often
         for index in order.tolist():
             start = time.perf_counter()
-            predict(*detectors[index], [row], progress=False)
+            model, processor = detectors[index]
+            predict(model, processor, [row], progress=False)
             seconds[turn, index] = time.perf_counter() - start
     return seconds

@@ -145,7 +145,7 @@ class Detections:
         for image_id, result in self._images.items():
             kept = np.array([label in mapping for label in result["labels"].tolist()], dtype=bool)
             result = {name: array[kept] for name, array in result.items()}
-            result["labels"] = [mapping[label] for label in result["labels"].tolist()]
+            result["labels"] = np.array([mapping[label] for label in result["labels"].tolist()], dtype=np.int64)
             relabelled.add(image_id, result)
         return relabelled
 
@@ -188,7 +188,7 @@ class Detections:
         Args:
             path (`str` or `Path`): File to write, in numpy's npz format.
         """
-        arrays = {"image_ids": np.array(list(self._images), dtype=np.int64)}
+        arrays: dict[str, Any] = {"image_ids": np.array(list(self._images), dtype=np.int64)}
         for name in _SHAPES:
             mine = [result.get(name) for result in self._images.values()]
             # A field that a picture does not have is told from one without rows.
@@ -219,7 +219,7 @@ class Detections:
                 for name in _SHAPES:
                     counts = arrays[f"{name}_count"]
                     stops = np.cumsum(np.maximum(counts, 0))
-                    rows = arrays[name] if (counts >= 0).any() else None
+                    rows = arrays[name] if (counts >= 0).any() else np.empty(0)
                     for result, count, stop in zip(detections._images.values(), counts, stops, strict=True):
                         if count >= 0:
                             result[name] = rows[stop - count : stop]
@@ -333,7 +333,9 @@ class Detections:
 
 def _is_number(value: Any) -> bool:
     """Tell whether json has a number here that float32 can hold."""
-    return isinstance(value, _NUMBERS) and value is not True and value is not False and -_LARGEST <= value <= _LARGEST
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+        return False
+    return bool(-_LARGEST <= value <= _LARGEST)
 
 
 def _is_whole(value: Any) -> bool:
@@ -398,7 +400,7 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
 
 def _has_size(boxes_xywh: np.ndarray) -> np.ndarray:
     """Tell which boxes have width and height."""
-    return (boxes_xywh[:, 2:] > 0).all(axis=1)
+    return np.all(boxes_xywh[:, 2:] > 0, axis=1)
 
 
 def _decimals(array: np.ndarray) -> Sequence[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import torch
@@ -90,7 +90,12 @@ def evaluate(
     )
     if detections is None:
         return None
-    options = {"top_k": top_k, "nms": nms, "wta": wta, "calibration": getattr(processor, "calibration", None)}
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "nms": nms,
+        "wta": wta,
+        "calibration": getattr(processor, "calibration", None),
+    }
     options["about"] = about
     metrics = measure(detections, annotations, mapping, output_dir, **options)
     if folder is not None:
@@ -181,7 +186,8 @@ def figures(
     detections = detections.top_k(top_k)
     known = detections.relabel({label: label_map.label(category_id) for label, category_id in mapping.items()})
     num_other_labels, deduplication = detections.num_boxes - known.num_boxes, None
-    for method, iou_threshold in (("nms", nms), ("wta", wta)):
+    methods: tuple[tuple[Literal["nms", "wta"], float | None], ...] = (("nms", nms), ("wta", wta))
+    for method, iou_threshold in methods:
         if iou_threshold is not None:
             num_before = known.num_boxes
             known, num_capped = deduplicate(known, method, iou_threshold)
@@ -306,14 +312,14 @@ def check_images(annotations: Mapping[str, Any], image_ids: Sequence[int]) -> No
     annotated = {record["id"]: record.get("file_name", record["id"]) for record in annotations["images"]}
     if not annotated:
         raise ValueError("the annotations have no images; there is nothing to measure.")
-    image_ids = set(image_ids)
-    missing = [name for image_id, name in annotated.items() if image_id not in image_ids]
+    given = set(image_ids)
+    missing = [name for image_id, name in annotated.items() if image_id not in given]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(annotated)} annotated pictures are not in the dataset ({first_few(missing)}); "
             "each counts in AP, so all must be there. To measure on fewer, give annotations of those alone."
         )
-    unknown = sorted(image_ids - set(annotated))
+    unknown = sorted(given - set(annotated))
     if unknown:
         raise ValueError(f"{len(unknown)} pictures have no entry in the annotations: image_id {first_few(unknown)}.")
 

@@ -158,7 +158,7 @@ class AnnotatedMixtures(NamedTuple):
 
 @torch.no_grad()
 def annotated_mixtures(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     dataset: datasets.Dataset,
     annotations: Mapping[str, Any],
@@ -401,7 +401,7 @@ def _finite(values: Tensor) -> np.ndarray:
 
 def _group(result: Likelihoods, members: np.ndarray) -> dict[str, Any]:
     """Return the means of some ground truths, stage by stage."""
-    means = {"num_ground_truths": int(members.sum())}
+    means: dict[str, Any] = {"num_ground_truths": int(members.sum())}
     for name in (*_TERMS, "responsibilities"):
         means[name] = getattr(result, name)[:, members].mean(axis=1).tolist() if members.any() else None
     return means

@@ -51,7 +51,7 @@ _SCALE = {
     "longest_edge": 1333,
     "augmentation": "paper",
 }
-_BACKBONES = {
+_BACKBONES: dict[str, dict[str, Any]] = {
     "r50": {"model_type": "resnet", "depths": [3, 4, 6, 3]},
     "r101": {"model_type": "resnet", "depths": [3, 4, 23, 3]},
     "swin_t": {"model_type": "swin", "depths": [2, 2, 6, 2], "embed_dim": 96},
@@ -254,7 +254,9 @@ def recipe_parts(recipe: str) -> tuple[str, str, int]:
     Returns:
         `tuple[str, str, int]`: Method, backbone, number of groups of queries.
     """
-    method, backbone, group = re.match(r"(\w+?)_(r50|r101|swin_t)(_group)?\.yaml", recipe).groups()
+    found = re.match(r"(\w+?)_(r50|r101|swin_t)(_group)?\.yaml", recipe)
+    assert found is not None, recipe
+    method, backbone, group = found.groups()
     return method, backbone, 12 if group else 1
 
 
@@ -320,7 +322,7 @@ def find_results(
                 recipe |= {"top_k_ratio": selects, "top_k_last_stage": False}
             options = _unusual_options(run, about, read_report(place / "metrics.json"))
             key = run, data_name(str(data)), split, about.get("ground_truth"), selects, *sorted(options.items())
-            result = found.setdefault(key, Result(run, recipe, *key[1:4], options=options))
+            result = found.setdefault(key, Result(run, recipe, key[1], key[2], key[3], options=options))
             for path in (place / f"{name}.json" for name in _FILES):
                 content = read_report(path)
                 if content:
@@ -359,7 +361,7 @@ def _run_of(place: Path, about: Mapping[str, Any], digests: dict[Path, str | Non
         return runs[0] if runs else NO_RUN
     stale = []
     for run in dict.fromkeys(runs):
-        checkpoint = run / Path(model).name
+        checkpoint = run / Path(about["model"]).name
         if checkpoint not in digests:
             digests[checkpoint] = weights_digest(checkpoint)
         if digests[checkpoint] == about["weights"]:
@@ -436,11 +438,11 @@ def _rows_elsewhere(table: Table, results: Sequence[Result]) -> list[Row]:
     """Return the rows that runs on other data can be: those of our methods, whatever the backbone, each once."""
     rows, seen = [], set()
     if table.free:
-        base = next(row for row in table.rows if row.recipe)
+        base = next(row.recipe for row in table.rows if row.recipe)
         found = {tuple(result.recipe[name] for name in table.free) for result in results}
         for values in sorted(found):
             options = [f"--{name.replace('_', '-')} {value}" for name, value in zip(table.free, values, strict=True)]
-            rows.append(Row(tuple(map(str, values)), {}, " ".join([base.recipe.split()[0], *options])))
+            rows.append(Row(tuple(map(str, values)), {}, " ".join([base.split()[0], *options])))
         return rows
     most = max((result.recipe["num_stages"] for result in results), default=0)
     for row in table.rows:
@@ -477,6 +479,7 @@ def _is_row(row: Row, result: Result, is_coco: bool) -> bool:
     if not is_coco:
         wanted.pop("proposal_grid", None)
         return all(recipe[name] == value for name, value in wanted.items())
+    assert row.recipe is not None
     backbone = _BACKBONES[recipe_parts(row.recipe)[1]]
     return all(recipe[name] == value for name, value in (_SCALE | wanted).items()) and all(
         recipe["backbone_config"].get(name) == value for name, value in backbone.items()
@@ -494,6 +497,7 @@ def _figure(column: str, row: Row, result: Result) -> float | None:
     content = result.files.get(file, {})
     if file == "likelihood":
         stages = content.get("all", {}).get(key) or []
+        assert row.stage is not None
         position = len(stages) if row.stage == -1 else row.stage
         value = stages[position - 1] if 0 < position <= len(stages) else None
     elif file == "metrics":

@@ -100,7 +100,7 @@ def predict_parts(
         dataset = dataset.cast_column("image", datasets.Image(decode=False))
     size, done = part_size(len(images), batch_size), set()
     if folder is not None:
-        options = {"top_k": top_k, "batch_size": batch_size, "part_size": size}
+        options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "part_size": size}
         options["device"] = torch.device(device or next(model.parameters()).device).type
         folder = Path(folder) / fingerprint(model, processor, dataset, images, options)
         if rank == 0:
@@ -169,7 +169,8 @@ def fingerprint(
         `str`: 16 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=8)
-    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    config: Any = getattr(model, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else {}
     config.pop("_name_or_path", None)
     content = [
         type(model).__name__,

@@ -60,8 +60,8 @@ def plant_errors(
             record["category_id"] = others[random.integers(len(others))]
         else:
             removed.add(record["id"])
-    kept = [record for record in records if record["id"] not in removed]
-    return {**annotations, "annotations": kept}, planted
+    remaining = [record for record in records if record["id"] not in removed]
+    return {**annotations, "annotations": remaining}, planted
 
 
 def read_planted(path: str | Path, annotations: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import torch
@@ -18,13 +18,16 @@ from drmm_hf.data.loading import load_image
 from .detections import Detections
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # How many batches of pictures may wait for others of their size: more cost memory, fewer leave batches unfilled.
 _WAITING_BATCHES = 4
 
 
 def load_detector(
     name: str, device: str | torch.device | None = None, dtype: str | None = None
-) -> tuple[torch.nn.Module, Any]:
+) -> tuple[PreTrainedModel, Any]:
     """Load a detector and its image processor.
 
     Args:
@@ -33,7 +36,7 @@ def load_detector(
         dtype (`str`, *optional*): Type of its weights, as "bfloat16". By default the one it was saved in.
 
     Returns:
-        `tuple[torch.nn.Module, Any]`: The model in evaluation mode and its processor.
+        `tuple[PreTrainedModel, Any]`: The model in evaluation mode and its processor.
 
     Raises:
         ValueError: If there is no detector of this name, if its weights are damaged or incomplete (transformers would
@@ -117,7 +120,8 @@ def predict(
     process = processor if is_drmm or not hasattr(processor, "do_pad") else partial(processor, do_pad=False)
     was_training = model.training
     model.eval()
-    detections, positions = Detections(), {}
+    detections = Detections()
+    positions: dict[int, int] = {}
     try:
         for batch in picture_batches(process, dataset, batch_size, progress, "predicting"):
             found = _detect(model, processor, batch.inputs, batch.sizes, top_k)
@@ -126,7 +130,7 @@ def predict(
                 detections.add(image_id, result, top_k)
     finally:
         model.train(was_training)
-    return detections.select(sorted(positions, key=positions.get))
+    return detections.select(sorted(positions, key=positions.__getitem__))
 
 
 class PictureBatch(NamedTuple):
@@ -179,7 +183,7 @@ def picture_batches(
         joined = {name: torch.cat([entry[name] for entry in inputs]) for name in inputs[0]}
         return PictureBatch(positions, image_ids, sizes, joined)
 
-    total = len(dataset) if hasattr(dataset, "__len__") else None
+    total = len(dataset) if isinstance(dataset, Sized) else None
     hidden = None if progress else True  # None: shown on a terminal
     with tqdm(total=total, desc=description, unit="image", delay=2, disable=hidden, leave=False) as bar:
         for row in dataset:

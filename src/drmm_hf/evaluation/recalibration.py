@@ -171,7 +171,7 @@ def fit_calibrators(
     """
     annotations = load_annotations(annotations)
     scores, correct = match_predictions(annotations, detections_coco, top_k=top_k)
-    fitted = {method: fit(scores, correct).to_dict() for method, fit in CALIBRATORS.items()}
+    fitted: dict[str, Any] = {method: fit(scores, correct).to_dict() for method, fit in CALIBRATORS.items()}
     if all("box_scales" in entry for entry in detections_coco):
         factor = fit_scale_factor(matched_boxes(annotations, detections_coco, top_k), freedom)
         fitted |= {} if factor is None else {"scale_factor": factor}

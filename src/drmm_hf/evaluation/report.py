@@ -63,7 +63,7 @@ def load_split(
         if not needs_pictures and images is None:
             return None, load_annotations(source)
         annotations, source = source, str(Path(source).parent)
-    places = {"images": images, "annotations": annotations}
+    places: dict[str, Any] = {"images": images, "annotations": annotations}
     paths = coco_paths(source, split, **places)
     dataset = load_detection_dataset(source, split, **places, invalid="skip", streaming=streaming)
     if paths is not None:

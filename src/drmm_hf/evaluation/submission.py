@@ -107,7 +107,8 @@ def write_submission(
         )
     dataset, content = load_image_info(image_info, images)
     mapping = category_of_label(model.config, content["categories"])
-    parts, options = Path(output_dir) / "parts", {"batch_size": batch_size, "top_k": top_k, "processes": processes}
+    parts = Path(output_dir) / "parts"
+    options: dict[str, Any] = {"batch_size": batch_size, "top_k": top_k, "processes": processes}
     detections = predict_parts(model, processor, dataset, content["images"], parts, **options)
     if detections is None:
         return None

@@ -116,7 +116,7 @@ def merge_tiles(
         `dict[str, np.ndarray]`: Detections in pixels of the picture, sorted by score.
     """
     picture = windows[0]
-    parts = []
+    parts: list[dict[str, np.ndarray]] = []
     for window, result in zip(windows, results, strict=True):
         boxes = result["boxes"] + np.tile(window[:2], 2)
         margin = np.array([1, 1, -1, -1]) * max(1.0, _MARGIN * tile)
@@ -124,7 +124,7 @@ def merge_tiles(
         whole = ~(beyond & (window != picture)).any(axis=1)
         if len(windows) > 1 and len(parts) == 0:  # the picture, beside its tiles
             whole &= (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0) > overlap * tile
-        part = result | {"boxes": boxes.astype(np.float32)}
+        part = dict(result) | {"boxes": boxes.astype(np.float32)}
         parts.append({name: values[whole] for name, values in part.items() if name != "query_indices"})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     boxes, scores = (torch.from_numpy(joined[name]).float() for name in ("boxes", "scores"))

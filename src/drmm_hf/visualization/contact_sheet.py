@@ -160,7 +160,7 @@ def _rectangle(draw: ImageDraw.ImageDraw, box: Sequence[float], shade: str, dash
             draw.line(points, fill=shade, width=3)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Return a text that fits below a crop."""
     if font.getlength(text) <= _SIDE:
         return text

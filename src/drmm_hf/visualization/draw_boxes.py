@@ -53,7 +53,7 @@ def draw_boxes(
 
     boxes, labels = _array(result["boxes"]).reshape(-1, 4), _array(result["labels"]).astype(int)
     scores = _array(result["scores"]) if "scores" in result else None
-    shown = range(len(boxes))
+    shown = list(range(len(boxes)))
     if scores is not None:
         shown = [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] >= threshold]
     if "box_intervals" in result:
@@ -95,8 +95,9 @@ def grid(images: Sequence[Image.Image], columns: int = 3, captions: Sequence[str
     shrink = min(1.0, _LONG_EDGE / max(images[0].size))
     width, height = round(images[0].width * shrink), round(images[0].height * shrink)
     gap = max(4, round(max(width, height) / 80))
-    font = ImageFont.load_default(size=max(13, round(max(width, height) / 50)))
-    head = round(font.size * 1.7) if captions else 0
+    size = max(13, round(max(width, height) / 50))
+    font = ImageFont.load_default(size=size)
+    head = round(size * 1.7) if captions else 0
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + head + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for index, image in enumerate(images):
@@ -121,7 +122,8 @@ def colour(label: int) -> tuple[int, int, int]:
     """
     label = int(label)
     if label < len(_COLOURS):
-        return tuple(bytes.fromhex(_COLOURS[label]))
+        first, second, third = bytes.fromhex(_COLOURS[label])
+        return first, second, third
     hue = (label * 0.618034) % 1  # the golden ratio spreads any number of hues
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.55, 0.85, 0.7)[label % 3], (1.0, 0.95)[label % 2])
     return round(red * 255), round(green * 255), round(blue * 255)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _MARKERS = "osD^vPX*"
 # Ground truth, prediction that learns it, and the others: colour, width and dashes of a box.
-ASSIGNMENT_STYLES = {
+ASSIGNMENT_STYLES: dict[str, dict[str, Any]] = {
     "ground truth": {"edgecolor": "#d55e00", "linewidth": 2.4},
     "positive": {"edgecolor": "#009e73", "linewidth": 1.8},
     "negative": {"edgecolor": "#f0c000", "linewidth": 1.6, "linestyle": (0, (4, 2))},
@@ -41,11 +41,11 @@ def nms_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | 
     for index, (name, points) in enumerate(curves.items()):
         thresholds, values = np.array(sorted(points)).T
         values = 100 * values
-        style = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot(thresholds, values, markersize=5.5, linewidth=1.8, label=name, **style)
         for place in {int(np.argmax(values)), len(values) - 1}:
             last = place == len(values) - 1
-            place_of_text = {"textcoords": "offset points", "xytext": (7, 0) if last else (0, 7)}
+            place_of_text: dict[str, Any] = {"textcoords": "offset points", "xytext": (7, 0) if last else (0, 7)}
             place_of_text |= {"ha": "left", "va": "center"} if last else {"ha": "center"}
             axes.annotate(
                 f"{values[place]:.1f}",
@@ -82,7 +82,7 @@ def speed_diagram(
     for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, points in panel.items():
             index = names.index(name)
-            style = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
+            style: dict[str, Any] = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
             speeds, values = ([point[axis] for point in sorted(points)] for axis in (0, 1))
             style["linewidth"] = 1.4 if all(word for _, _, word in points) else 0  # unnamed ones are repetitions
             axes.plot(speeds, [100 * value for value in values], markersize=7, label=name, **style)
@@ -114,7 +114,7 @@ def selection_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: 
     axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
         ratios, values = np.array(sorted(points)).T
-        style = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style: dict[str, Any] = {"color": _SHADES[index % len(_SHADES)], "marker": _MARKERS[index % len(_MARKERS)]}
         axes.plot(ratios, 100 * values, markersize=5.5, linewidth=1.8, label=name, **style)
     axes.set(xlabel="queries kept after each stage (ratio)", ylabel="AP (%)")
     axes.margins(y=0.1)

@@ -97,7 +97,10 @@ def deduplication_curves(swept: Mapping[str, Any], path: str | Path) -> Path:
         if alone is not None:
             axes.axhline(100 * alone, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="as predicted")
         # The second is dashed and hollow: often one lies on the other.
-        styles = (("nms", "NMS", _BLUE, "o", {}), ("wta", "WTA", _RED, "s", {"linestyle": "--", "mfc": "white"}))
+        styles: tuple[tuple[Any, ...], ...] = (
+            ("nms", "NMS", _BLUE, "o", {}),
+            ("wta", "WTA", _RED, "s", {"linestyle": "--", "mfc": "white"}),
+        )
         for method, name, colour, marker, style in styles:
             points = [(entry["iou_threshold"], entry[key]) for entry in swept[method] if entry[key] is not None]
             if points:
@@ -212,8 +215,7 @@ def audit_curves(scored: Mapping[str, Any], path: str | Path) -> Path:
     """
     kinds = [kind for kind, one in next(iter(scored.values())).items() if one is not None and kind != "annotations"]
     figure = _figure(1 + 3.6 * len(kinds), 3.9)
-    styles = zip((_BLUE, _ORANGE), ("-", (0, (4, 2))), strict=True)
-    styles = dict(zip(scored, styles, strict=False))
+    styles = dict(zip(scored, ((_BLUE, "-"), (_ORANGE, (0, (4, 2)))), strict=False))
     for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
         for name, one in scored.items():
             shade, dashes = styles[name]
@@ -275,13 +277,13 @@ def breakdown_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
         one.tick_params(axis="x", labelsize=7.5)
     panels[3].legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="lower left", fontsize=8.5)
     if errors:
-        names = {"Cls": "class", "Loc": "place", "Both": "both", "Dupe": "duplicate", "Bkg": "nothing\nthere"}
-        names["Miss"] = "missed"
-        deltas = [100 * errors["delta"][name] for name in names]
-        axes[0, 2].barh(list(names.values()), deltas, color=_BLUE)
+        kinds = {"Cls": "class", "Loc": "place", "Both": "both", "Dupe": "duplicate", "Bkg": "nothing\nthere"}
+        kinds["Miss"] = "missed"
+        deltas = [100 * errors["delta"][kind] for kind in kinds]
+        axes[0, 2].barh(list(kinds.values()), deltas, color=_BLUE)
         axes[0, 2].set_title("Errors: AP50 without them", loc="left", fontweight="bold", color=_INK)
         axes[0, 2].set_xlabel("gain in points")
-        axes[1, 2].barh(list(names.values()), [errors["counts"][name] for name in names], color="#8a94a3")
+        axes[1, 2].barh(list(kinds.values()), [errors["counts"][kind] for kind in kinds], color="#8a94a3")
         axes[1, 2].set_title("Number of errors", loc="left", fontweight="bold", color=_INK)
         axes[1, 2].set_xscale("symlog", linthresh=1)
         axes[1, 2].set_xlabel("count (logarithmic)")
@@ -324,7 +326,7 @@ def training_curves(log: str | Path, path: str | Path, title: str = "Training") 
         key=lambda key: int(key.removeprefix("mcm.stage")),
     )
     figure = _figure(10 if stages else 5.4, 4.2)
-    axes = np.atleast_1d(figure.subplots(1, 2 if stages else 1))
+    axes = figure.subplots(1, 2 if stages else 1, squeeze=False)[0]
     _curve(axes[0], records, "loss", lambda values: values, _BLUE)
     axes[0].set(xlabel="step", ylabel="loss")
     axes[0].set_title(title, loc="left", fontweight="bold", color=_INK)
@@ -344,7 +346,10 @@ def training_curves(log: str | Path, path: str | Path, title: str = "Training") 
 
 
 # Style of a box by the range of its confidence.
-_CONFIDENCES = {"0.1 to 0.5": {"edgecolor": _ORANGE, "linestyle": (0, (4, 2))}, "0.5 to 1": {"edgecolor": _BLUE}}
+_CONFIDENCES: dict[str, dict[str, Any]] = {
+    "0.1 to 0.5": {"edgecolor": _ORANGE, "linestyle": (0, (4, 2))},
+    "0.5 to 1": {"edgecolor": _BLUE},
+}
 
 
 def _confident_boxes(axes: Axes, image: Image, boxes: np.ndarray, scores: np.ndarray) -> None:
