@@ -117,6 +117,13 @@ def test_a_split_without_pictures_is_named(shapes, tmp_path, capsys, split):
     assert f"split '{split}' of {shapes} has no pictures" in capsys.readouterr().err
 
 
+def test_a_split_without_boxes_is_no_training_data(shapes, tmp_path, capsys):
+    path = Path(shapes) / "annotations" / "instances_train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    assert main(["train", TINY, "--data", shapes, "--output", str(tmp_path / "run"), "--max-minutes", "1"]) == 2
+    assert f"split 'train' of {shapes} has no boxes" in capsys.readouterr().err
+
+
 def test_without_a_recipe_one_is_chosen_and_kept(shapes, tmp_path, capsys):
     sizes = "--shortest-edge 64 --longest-edge 96 --short-edges [64] --crop-short-edges [64] --crop-sizes [48,64]"
     command = f"train --data {shapes} --output {tmp_path / 'run'} --backbone-weights none --batch-size 2 {sizes}"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from drmm_hf.data import canonical, coco
-from drmm_hf.data.canonical import categories, leaves_folder, left_out
+from drmm_hf.data.canonical import Records, categories, check_records, leaves_folder, left_out
 from drmm_hf.data.coco import load_detection_dataset
-from drmm_hf.data.problems import KINDS
+from drmm_hf.data.problems import KINDS, Problems
 
 
 # The policy ----------------------------------------------------------------------------------------------------------
@@ -245,3 +245,25 @@ def test_description_is_json_that_a_reader_understands(coco_folder, content):
             }
         },
     }
+
+
+def corners_or_sizes(count, as_corners):
+    """Make a split of one picture and boxes inside it, written as corners or as sizes."""
+    random = np.random.default_rng(0)
+    low = random.uniform(0, 50, (count, 2))
+    extent = random.uniform(40, 50, (count, 2))
+    boxes = np.hstack([low, low + extent if as_corners else extent])
+    image = {"id": 1, "file_name": "a.png", "width": 100, "height": 100}
+    records = [
+        {"id": index, "image_id": 1, "category_id": 1, "bbox": box, "area": 1.0, "iscrowd": 0}
+        for index, box in enumerate(boxes.tolist())
+    ]
+    return Records("cells", [image], records, [{"id": 1, "name": "cell"}])
+
+
+@pytest.mark.parametrize(("count", "as_corners", "found"), [(40, True, 1), (40, False, 0), (9, True, 0)])
+def test_corners_in_the_place_of_sizes_are_a_problem(count, as_corners, found):
+    """Nine boxes prove nothing."""
+    problems = Problems()
+    check_records(corners_or_sizes(count, as_corners), problems)
+    assert problems.found.get("corners", {"count": 0})["count"] == found

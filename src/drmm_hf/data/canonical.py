@@ -437,11 +437,23 @@ def _plausible_boxes(
     low, extent = columns["bbox"][:, :2], columns["bbox"][:, 2:]
     inside = np.minimum(low + extent, sizes) > np.maximum(low, 0)
     good = (inside & (extent > 0)).all(1)
+    if _look_like_corners(low, extent, sizes):
+        over = int((low + extent > sizes + 1).any(1).sum())
+        message = (
+            f"{over} of {len(low)} boxes end beyond their picture as [left, top, width, height]; all fit as corners"
+        )
+        problems.add("corners", where(columns["position"][0]), message)
     for index in np.flatnonzero(~good):
         row = kept[columns["row"][index]]
         message = f"{columns['bbox'][index].tolist()} in a picture of {row['width']} x {row['height']}"
         problems.add("box_without_area", where(columns["position"][index]), message)
     return {name: values[good] for name, values in columns.items()}
+
+
+def _look_like_corners(low: np.ndarray, extent: np.ndarray, sizes: np.ndarray) -> bool:
+    """Tell whether most of ten boxes or more leave their pictures as xywh, and all lie inside as xyxy."""
+    leave = (low + extent > sizes + 1).any(1)
+    return len(low) >= 10 and bool(leave.mean() > 0.5 and ((extent > low) & (extent <= sizes + 1)).all())
 
 
 def _own_ids(columns: dict[str, np.ndarray], where: Callable[[int], str], problems: Problems) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def read_image(row: Mapping[str, Any]) -> Tensor:
     try:
         source = row["image"]
         data = Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
-        with Image.open(BytesIO(data)) as header:
+        with open_image({"bytes": data}) as header:
             is_upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
             is_plain = header.format == "JPEG" and header.mode in ("RGB", "L") and is_upright
             if is_plain and header.size == (row["width"], row["height"]):

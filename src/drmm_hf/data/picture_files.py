@@ -94,8 +94,9 @@ def _checked(file: PictureFile) -> PictureFile:
     if not file.is_film:
         try:
             Image.open(file.path).close()
-        except UnidentifiedImageError:
-            raise ValueError(f"{file.name} is no picture that Pillow can read.") from None
+        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+            reason = "" if isinstance(error, UnidentifiedImageError) else f" {error}"
+            raise ValueError(f"{file.name} is no picture that Pillow can read.{reason}") from None
     return file
 
 

@@ -38,8 +38,14 @@ def open_image(image: Mapping[str, Any]) -> Image.Image:
 
     Returns:
         `PIL.Image.Image`: The picture as stored, before its EXIF orientation is applied.
+
+    Raises:
+        OSError: If it is no picture, or has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS` allows.
     """
-    return Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
+    try:
+        return Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
+    except Image.DecompressionBombError as error:
+        raise OSError(f"too many pixels: {error}") from error
 
 
 def displayed_size(image: Image.Image) -> tuple[int, int]:

@@ -39,6 +39,10 @@ KINDS = {
         "boxes without area inside their picture",
         "correct boxes that are empty, inverted or outside; look whether they are in another format",
     ),
+    "corners": (
+        "splits whose boxes are [left, top, right, bottom]",
+        "write [left, top, width, height], as COCO has them",
+    ),
     "other_categories": (
         "splits with other categories than the first",
         "give all splits one list of categories: a model trained on one cannot be measured on the other",

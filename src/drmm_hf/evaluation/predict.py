@@ -6,6 +6,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
@@ -50,7 +51,7 @@ def load_detector(
             name, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
         )
         processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"model is {name!r}, which is no detector in a folder or on the Hub: {error}") from error
     lacking = [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]
     lacking = [key for key in lacking if not key.endswith("num_batches_tracked")]  # counts for training alone

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
@@ -85,6 +86,8 @@ def load_split(
         return dataset, None
     if not len(dataset):
         raise ValueError(f"split {name!r} of {source} has no pictures")
+    if split == "train" and not _has_objects(dataset):
+        raise ValueError(f"split {name!r} of {source} has no boxes: nothing can be learnt from it")
     if split == "train":
         return dataset, None
     paths = coco_paths(source, name, images=images, annotations=annotations)
@@ -231,6 +234,12 @@ def training_loader(
     loader.worker_init_fn = ignore_signals
     loader.generator = torch.Generator()  # its own: starting an epoch must not draw from the model's
     return loader
+
+
+def _has_objects(dataset: datasets.Dataset) -> bool:
+    """Tell whether any picture has an object."""
+    rows = dataset.select_columns(["objects"]).with_format("arrow").iter(1000)
+    return any(pc.sum(pc.list_value_length(table["objects"])).as_py() for table in rows)
 
 
 def _is_held_out(image_id: int, share: float) -> bool:
