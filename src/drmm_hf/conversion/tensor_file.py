@@ -120,8 +120,9 @@ def _unpickle(path: Path, trust: bool) -> Any:
                 f"{path} holds more than tensors and plain values: {refused[1]}. Reading it would run code of whoever "
                 "wrote the file; if you trust them, say so with --trust-pickle (trust_pickle=True)."
             ) from error
-        detail = re.search(r"WeightsUnpickler error: (.*)", str(error)) or re.match(r"(.*)", str(error))
-        reason = f"{type(error).__name__}{': ' if detail[1] else ''}{detail[1]}".rstrip(".")
+        found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        detail = found[1] if found else str(error).partition("\n")[0]
+        reason = f"{type(error).__name__}{': ' if detail else ''}{detail}".rstrip(".")
         raise ValueError(
             f"{path}, of {path.stat().st_size} bytes, cannot be read; is it damaged or cut short? ({reason})"
         ) from error

@@ -58,7 +58,7 @@ class Detector:
     def __init__(self, name: str, device: str | None = None) -> None:
         self.name = "/".join(Path(name).parts[-2:])  # as owner/name, or run/best
         self.model, self.processor = load_detector(name, device)
-        self.config = self.model.config
+        self.config: Any = self.model.config
         saved = getattr(self.processor, "score_threshold", None)
         self.threshold = saved if isinstance(saved, float) else 0.5
         self.has_density = has_density(self.config)

@@ -13,8 +13,13 @@ from ..conversion.new_folder import new_folder
 
 
 # What makes a model of a folder; states of training stay where they are.
-_MODEL_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "model-*-of-*.safetensors")
-_MODEL_FILES += ("model.safetensors.index.json",)
+_MODEL_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)
 
 
 def write_space(models: Sequence[str], output: str | Path) -> None:

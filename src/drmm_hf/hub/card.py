@@ -135,7 +135,9 @@ def card_data(subject: Subject) -> ModelCardData:
         for name in INDEXED
         if evaluation.metrics[name] is not None
     ]
-    fields = {"model_name": subject.repo_id.rpartition("/")[2], "eval_results": results} if results else {}
+    fields: dict[str, Any] = (
+        {"model_name": subject.repo_id.rpartition("/")[2], "eval_results": results} if results else {}
+    )
     on_hub = sorted({evaluation.data for evaluation in subject.evaluations if "/" in evaluation.data})
     return ModelCardData(
         library_name="transformers",
@@ -400,7 +402,7 @@ def _limits(subject: Subject) -> list[str]:
     for one in subject.evaluations[:1]:
         known = {name: value for name, value in one.metrics["AP_per_class"].items() if value is not None}
         if len(known) > 1:
-            worst = min(known, key=known.get)
+            worst = min(known, key=known.__getitem__)
             limits.append(
                 f"The class with the lowest AP on {_title(one)} is {_cell(worst)}: {_per_cent(known[worst])}."
             )

@@ -120,8 +120,9 @@ def _check_code(folder: Path) -> int:
         if others:
             raise ValueError(f"{path.name} imports {', '.join(sorted(others))}, which requirements.txt does not have")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            relative = isinstance(node, ast.ImportFrom) and node.level
-            if relative and (node.level > 1 or not (folder / f"{node.module}.py").is_file()):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            if node.level > 1 or not (folder / f"{node.module}.py").is_file():
                 raise ValueError(f"{path.name} imports {'.' * node.level}{node.module or ''}, which is not beside it")
     return len(modules)
 

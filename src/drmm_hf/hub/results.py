@@ -96,11 +96,11 @@ def find_evaluations(
         ValueError: If a file cannot be read, or a folder that was given would be left out.
         FileNotFoundError: If a folder that was given holds no `metrics.json`.
     """
-    folder, given = Path(folder).resolve(), list(map(Path, given))
+    folder, named = Path(folder).resolve(), list(map(Path, given))
     digest, written = weights_digest(folder), max((path.stat().st_mtime for path in weight_files(folder)), default=0.0)
     found: dict[tuple[str, str], Evaluation] = {}
     left_out: dict[Path, str] = {}
-    for place in given or _places(folder):
+    for place in named or _places(folder):
         if not (place / "metrics.json").is_file():
             raise FileNotFoundError(
                 f"results {str(place)!r} holds no metrics.json, as a folder of `drmm evaluate` does"
@@ -110,11 +110,11 @@ def find_evaluations(
         known = evaluation.about.get("weights")
         if reason is None and known is not None and known != digest:
             reason = "it is of other weights than the model has now; evaluate again"
-        unknown = known is None and not given and not evaluation.chose
+        unknown = known is None and not named and not evaluation.chose
         if reason is None and unknown and _written(evaluation) < written:
             reason = "it is older than the weights; evaluate again, or name it with --results"
         if reason is not None:
-            if given:
+            if named:
                 raise ValueError(f"results {str(place)!r}: {reason}")
             left_out[place] = reason
             continue

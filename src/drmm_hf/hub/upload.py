@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -98,7 +99,7 @@ def upload(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
         added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        options = {"revision": revision, "create_pr": create_pr, "commit_message": message}
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "commit_message": message}
         commit = api.create_commit(repo_id, added, **options)
     return commit.pr_url or commit.commit_url
 
