@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from functools import partialmethod
@@ -459,6 +460,25 @@ def test_the_length_of_a_run_is_told_and_that_it_is_too_short_for_its_warm_up(ti
     )
     train(tiny_recipe(warmup_steps=5, output_dir=f"{training.output_dir}3"))
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("warmup_steps", "warns"), [(60, True), (10, False)])
+def test_a_run_too_short_for_its_warm_up_by_the_clock_is_told_once_its_pace_is_known(
+    tiny_recipe, tmp_path, capsys, monkeypatch, warmup_steps, warns
+):
+    """On a clock that advances a tenth of a second whenever it is read, in a run of five seconds."""
+    ticks = itertools.count()
+    for module in (loop, run_log):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 10))
+    options = {"epochs": None, "max_minutes": 5 / 60, "schedule_by": "time", "warmup_steps": warmup_steps}
+    summary = train(tiny_recipe(**options))
+    assert (summary["steps"] < warmup_steps) == warns
+    said = capsys.readouterr().out
+    assert said.count("warning") == 2 * warns  # the second one, at the end, has the true number of steps
+    if warns:
+        found = re.search(r"about (\d+) steps fit into max_minutes 0.083\d*, fewer than warmup_steps 60", said)
+        assert abs(int(found[1]) - summary["steps"]) <= 0.3 * summary["steps"]
+        assert said.index("warning") < said.index(f"step {summary['steps'] // 2} ")
 
 
 @pytest.mark.parametrize("name", ["best", "metrics.json", "detections.json"])

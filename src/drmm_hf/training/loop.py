@@ -158,7 +158,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     # DeepSpeed has stepped before we see the gradient: the first one that is not finite ends the run.
     max_skipped = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else training.max_skipped_steps
     log = Log(accelerator, output_dir, progress, total_steps, max_skipped, training.max_minutes)
-    raw_model = None if average is None else whole_model
+    raw_model, is_told = None if average is None else whole_model, False
     save = partial(
         save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
     )
@@ -220,6 +220,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                     progress.step_in_epoch = 0
                 clock.read()
                 log.add(batches, terms, norm)
+                if not is_told and clock.expected_steps() < min(training.warmup_steps, total_steps):
+                    accelerator.print(describe_slow_run(training, clock.expected_steps()))
+                    is_told = True
                 stops, ends_run = stop.came(), is_over()
                 saves = ends_run or stops or ends_epoch or progress.step % (training.save_every_steps or math.inf) == 0
                 progress.evaluation_due = ends_run or (
@@ -409,6 +412,22 @@ def describe_short_run(training: TrainingArguments, steps: int) -> str:
     return (
         f"warning: the run's {steps} steps end within the warm-up, warmup_steps {training.warmup_steps}: the learning "
         f"rate never reaches {training.learning_rate:g}; lower warmup_steps"
+    )
+
+
+def describe_slow_run(training: TrainingArguments, steps: float) -> str:
+    """Say that a run will end before its warm-up does, as soon as its pace is known.
+
+    Args:
+        training (`TrainingArguments`): Warm-up, learning rate and the bound in minutes.
+        steps (`float`): Optimiser steps that fit into it.
+
+    Returns:
+        `str`: A warning.
+    """
+    return (
+        f"warning: about {steps:.0f} steps fit into max_minutes {training.max_minutes:.3g}, fewer than warmup_steps "
+        f"{training.warmup_steps}: the learning rate will not reach {training.learning_rate:g}; lower warmup_steps"
     )
 
 

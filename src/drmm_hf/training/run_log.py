@@ -36,7 +36,7 @@ class Clock:
         self.accelerator = accelerator
         self.progress = progress
         self.limit = None if training.max_minutes is None else 60 * training.max_minutes
-        self.earlier = progress.seconds
+        self.earlier, self.first_step = progress.seconds, progress.step
         self.started = self.stopped = time.perf_counter()
 
     def read(self) -> None:
@@ -50,6 +50,17 @@ class Clock:
     def fraction(self) -> float:
         """Return the share of `max_minutes` that was used when the clock was last read."""
         return self.progress.seconds / self.limit
+
+    def expected_steps(self) -> float:
+        """Return how many steps fit into `max_minutes`, at the pace of this part of the run.
+
+        Returns:
+            `float`: Infinite without such a bound, and before 3 steps and a twentieth of the time have given a pace.
+        """
+        steps, seconds = self.progress.step - self.first_step, self.progress.seconds - self.earlier
+        if self.limit is None or steps < 3 or seconds < 0.05 * self.limit:
+            return math.inf
+        return self.progress.step + (self.limit - self.progress.seconds) / seconds * steps
 
     def is_over(self) -> bool:
         """Return whether `max_minutes` were used up when the clock was last read."""
