@@ -496,6 +496,49 @@ def test_a_best_checkpoint_that_was_deleted_is_replaced_by_the_newest(tiny_recip
     assert all(torch.equal(tensor, last[name]) for name, tensor in best.items())
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_best_value_on_other_validation_data_is_forgotten(tiny_recipe, tmp_path, capsys, monkeypatch, is_killed):
+    """In a finished run; also where the first process that saw the other data was killed before it had evaluated."""
+    options = {"evaluate_every": 1, "save_every_steps": 1}
+    train(tiny_recipe(**options))
+    lines, said = rows(tmp_path / "run"), capsys.readouterr().out
+    assert "data changed" not in said
+    if is_killed:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(loop, "evaluate_model", lambda *_: (_ for _ in ()).throw(Killed))
+            train(tiny_recipe(**options, resume=True, num_val_images=4))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    again = train(tiny_recipe(**options, resume=True, num_val_images=4))
+    said = capsys.readouterr().out
+    assert re.search(r"val data changed: 3 pictures with \d+ objects before, 4 pictures with \d+ objects now", said)
+    assert "measured on other validation data; that of step 6 is evaluated in its place" in said
+    assert (again["steps"], again["best_step"], again["num_images"]) == (6, 6, 4)
+    assert rows(tmp_path / "run")[:-1] == lines and rows(tmp_path / "run")[-1]["AP"] == again["AP"]
+    train(tiny_recipe(**options, resume=True, num_val_images=4, epochs=3))
+    assert "training.epochs was 2" in (said := capsys.readouterr().out)
+    train(tiny_recipe(**options, resume=True, num_val_images=4, epochs=3))
+    assert "data changed" not in capsys.readouterr().out
+
+
+def test_training_data_that_changed_are_said(tiny_recipe, tmp_path, capsys):
+    train(tiny_recipe(max_steps=2))
+    summary = train(tiny_recipe(max_steps=3, resume=True, num_train_images=12))
+    said = capsys.readouterr().out
+    assert re.search(r"train data changed: 10 pictures with \d+ objects before, 12 pictures with \d+ objects", said)
+    assert "step 3 of the epoch in progress has other pictures than it would have had" in said
+    assert "val data changed" not in said and summary["steps"] == 3
+
+
+def test_a_damaged_manifest_is_put_aside(tiny_recipe, tmp_path, capsys):
+    train(tiny_recipe(max_steps=1))
+    for content in ("[{", "{}", '["a"]', '[{"step": "one"}]', '[{"step": 0, "data": {"val": 3}}]'):
+        (tmp_path / "run" / "manifest.json").write_text(content)
+        train(tiny_recipe(max_steps=1, resume=True))
+        assert "manifest.json is damaged" in capsys.readouterr().out
+        assert (tmp_path / "run" / "manifest.json.damaged").read_text() == content
+        assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())) == 1
+
+
 def test_a_batch_size_that_was_found_is_asked_for_where_the_recipe_is_lost(tiny_recipe, tmp_path):
     train(tiny_recipe(max_steps=1))
     (tmp_path / "run" / "recipe.yaml").unlink()

@@ -35,7 +35,7 @@ from .build import build_model, load_split, training_loader
 from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, save_model
 from .ema import averaged_model
 from .epochs import Epochs
-from .manifest import add_to_manifest, data_fingerprint
+from .manifest import add_to_manifest, data_changes, data_fingerprint, read_manifest
 from .optimizer import build_optimizer, schedule_factor, set_learning_rate
 from .presets import describe
 from .run_log import Clock, Log
@@ -133,13 +133,24 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     loader = accelerator.prepare(training_loader(train_set, label_map, processor, recipe, problems))
     kept_model = whole_model if average is None else average.module  # what is evaluated and saved
 
-    progress, lost = Progress(), []
+    progress, lost, data, changed = Progress(), [], {}, {}
+    if accelerator.is_main_process:
+        data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
     accelerator.register_for_checkpointing(progress, *([] if average is None else [average]))
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
         gather_weights(bare_model, whole_model)
         accelerator.print(f"resuming {checkpoint} at step {progress.step}", *changes, sep="\n")
-        lost = forget_lost_best(accelerator, output_dir, progress)
+        if accelerator.is_main_process:
+            changed = data_changes(read_manifest(output_dir / "manifest.json"), progress.step, data)
+        (changed,) = broadcast_object_list([changed])
+        if "train" in changed and progress.step_in_epoch:
+            changed["train"] += (
+                f"; step {progress.step_in_epoch + 1} of the epoch in progress has other pictures than it would have "
+                "had, and so have those after it"
+            )
+        accelerator.print(*changed.values(), sep="\n", end="\n" * bool(changed))
+        lost = forget_lost_best(accelerator, output_dir, progress, "val" in changed)
     elif training.resume:
         accelerator.print(f"nothing to resume in {output_dir}: starting")
     clock = Clock(accelerator, progress, training)
@@ -151,7 +162,6 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     accelerator.print(describe_length(training, epochs.steps, total_steps))
     if accelerator.is_main_process:
         recipe.save(output_dir / "recipe.yaml")
-        data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
         add_to_manifest(
             output_dir / "manifest.json", step=progress.step, data=data, processes=accelerator.num_processes
         )
@@ -165,7 +175,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
 
     def evaluate() -> None:
         """Measure the weights that were just saved, unless an earlier part of the run did; keep the best."""
-        metrics = logged = log.evaluation_at(progress.step)
+        metrics = logged = None if "val" in changed else log.evaluation_at(progress.step)
         is_new = logged is None or bool(lost)
         if is_new:
             metrics, detections = evaluate_model(accelerator, kept_model, processor, val_set, annotations, training)
@@ -310,24 +320,27 @@ def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list
     return lines
 
 
-def forget_lost_best(accelerator: Accelerator, output_dir: Path, progress: Progress) -> list[str]:
-    """Let the checkpoint that a run goes on from be evaluated in place of its best one, if that was deleted.
+def forget_lost_best(
+    accelerator: Accelerator, output_dir: Path, progress: Progress, other_data: bool = False
+) -> list[str]:
+    """Let the checkpoint that a run goes on from be evaluated in place of its best one, if that no longer counts.
 
     Args:
         accelerator (`Accelerator`): With several processes, all call this; the first one looks.
         output_dir (`Path`): Folder of the run.
-        progress (`Progress`): Where the run stands; changed if anything is missing.
+        progress (`Progress`): Where the run stands; changed if the best checkpoint or its figures are missing.
+        other_data (`bool`): Whether it was measured on other data than the run has now.
 
     Returns:
-        `list[str]`: What is missing of the best checkpoint and its figures.
+        `list[str]`: Why it is forgotten; empty if it is not.
     """
     lost = [name for name in ("best", "metrics.json", "detections.json") if not (output_dir / name).exists()]
+    lost = [f"missing of the best checkpoint (step {progress.best_step}): {', '.join(lost)}"] if lost else []
+    if other_data:
+        lost = [f"the best checkpoint (step {progress.best_step}) was measured on other validation data"]
     (lost,) = broadcast_object_list([lost if progress.best_step is not None else []])
     if lost:
-        accelerator.print(
-            f"missing of the best checkpoint (step {progress.best_step}): {', '.join(lost)}; that of step "
-            f"{progress.step} is evaluated in its place"
-        )
+        accelerator.print(f"{lost[0]}; that of step {progress.step} is evaluated in its place")
         progress.best_value, progress.best_step, progress.evaluation_due = None, None, True
     return lost
 
