@@ -539,6 +539,28 @@ def test_a_damaged_manifest_is_put_aside(tiny_recipe, tmp_path, capsys):
         assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())) == 1
 
 
+def test_a_run_that_lost_its_recipe_is_not_resumed_with_another_model(tiny_recipe, tmp_path):
+    """Nor with other classes, which no recipe names; a class may get another name."""
+    shapes = generate_shapes(4, 0, (64, 64))
+    for split in ("train", "val"):
+        save_coco(shapes, tmp_path / "shapes", split)
+    options = {"source": str(tmp_path / "shapes"), "max_steps": 1}
+    train(tiny_recipe(**options))
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(ValueError, match="holds a run of another model: num_queries was 16 and is 9; name another"):
+        train(tiny_recipe(**options, resume=True, num_queries=9, proposal_grid=[3, 3]))
+    annotations = [tmp_path / "shapes" / "annotations" / f"instances_{split}.json" for split in ("train", "val")]
+    for file in annotations:
+        file.write_text(file.read_text().replace('"triangle"', '"wedge"'))
+    assert train(tiny_recipe(**options, resume=True))["steps"] == 1
+    for file in annotations:
+        content = json.loads(file.read_text())
+        content["categories"].append({"id": 99, "name": "star"})
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"another model: category_ids was \[2, 3, 7\] and is \[2, 3, 7, 99\]"):
+        train(tiny_recipe(**options, resume=True))
+
+
 def test_a_batch_size_that_was_found_is_asked_for_where_the_recipe_is_lost(tiny_recipe, tmp_path):
     train(tiny_recipe(max_steps=1))
     (tmp_path / "run" / "recipe.yaml").unlink()

@@ -109,6 +109,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     accelerator.print(f"{num_train or 'a stream of'} training and {len(val_set)} validation pictures\n{classes}")
 
     model, processor = build_model(recipe, label_map)
+    if checkpoint is not None:
+        check_model(output_dir, DrmmConfig.from_pretrained(checkpoint), model.config)
     category_of_label(model.config, annotations["categories"])  # the two splits name the same classes
     if accelerator.num_processes > 1 and model.config.backbone_norm == "train":
         model = synchronize_batch_norms(accelerator, model)
@@ -304,10 +306,7 @@ def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list
         return []
     stored = load_recipe(output_dir / "recipe.yaml")
     for name, before, now in changed_fields(stored.model, recipe.model):
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} holds a run of another model: {name} was {before!r} and is {now!r}; "
-            "name another folder"
-        )
+        raise _other_model(output_dir, name, before, now)
     lines = []
     for section in ("data", "training"):
         for name, before, now in changed_fields(vars(getattr(stored, section)), vars(getattr(recipe, section))):
@@ -318,6 +317,30 @@ def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list
                     + (": the learning rate follows the new length" if stretches else "")
                 )
     return lines
+
+
+def check_model(output_dir: Path, before: DrmmConfig, now: DrmmConfig) -> None:
+    """Check that a model is the one whose weights are to be loaded; names of classes may differ.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+        before (`DrmmConfig`): Of the checkpoint.
+        now (`DrmmConfig`): Of the model.
+
+    Raises:
+        ValueError: If any other field differs.
+    """
+    names = ("id2label", "label2id", "transformers_version", "architectures", "dtype")
+    fields = [{name: value for name, value in one.to_dict().items() if name not in names} for one in (before, now)]
+    for name, was, is_now in changed_fields(*fields):
+        raise _other_model(output_dir, name, was, is_now)
+
+
+def _other_model(output_dir: Path, name: str, before: Any, now: Any) -> ValueError:
+    return ValueError(
+        f"output_dir {str(output_dir)!r} holds a run of another model: {name} was {before!r} and is {now!r}; "
+        "name another folder"
+    )
 
 
 def forget_lost_best(
