@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (`argparse.ArgumentParser`): The command's parser.
     """
-    parser.add_argument("data", metavar="DATA", help="COCO folder, Hub id or image folder")
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a D-RMM model")
+    parser.add_argument("data", metavar="DATA", help="COCO folder, Hub id or image folder")
     parser.add_argument("--split", default="train", help="split of the data (default: train)")
     parser.add_argument("--output", default="runs/audit", metavar="DIR", help="where to write (default: runs/audit)")
     parser.add_argument("--worst", type=at_least(0), default=100, metavar="N", help="crops on the page, of each kind")
