@@ -160,7 +160,7 @@ def draw_sheets(
                 Card(crop(image(entry["image_id"]), *boxes), [*describe(entry, names), files[entry["image_id"]]])
             )
         if cards:
-            contact_sheet(cards[:_ON_PNG]).save(output / f"{key}.png")
+            contact_sheet(cards[:_ON_PNG], annotated=key == "annotations").save(output / f"{key}.png")
             written.append(f"{key}.png")
     counts = f"{result['num_images']} images, {len(result['annotations'])} annotations"
     counts += f", {result['num_crowds']} crowds left out"
