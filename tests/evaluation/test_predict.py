@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from transformers import (
     ConditionalDetrConfig,
@@ -481,3 +482,16 @@ def test_a_damaged_image_processor_is_named(tmp_path, content):
         ValueError, match=f"model is {str(tmp_path)!r}, whose preprocessor_config.json (cannot|does not)"
     ):
         load_detector(str(tmp_path), "cpu")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
+    """A download would ask six times, with pauses of 24 seconds together; port 1 refuses every connection."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    address = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"a pause of {seconds} s"))
+    with pytest.raises(
+        ValueError, match="model is 'nobody/nothing', which is no folder here, and the Hub cannot be re"
+    ):
+        load_detector("nobody/nothing", "cpu")

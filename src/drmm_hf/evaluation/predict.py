@@ -7,10 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import FileMetadataError
+from huggingface_hub.utils import HFValidationError, httpx
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -43,6 +47,7 @@ def load_detector(
     """
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+    check_reachable(name)
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
             name, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
@@ -69,6 +74,28 @@ def load_detector(
         return model.to(device).eval(), processor
     except RuntimeError as error:
         raise ValueError(f"device is {str(device)!r}, which cannot be used: {error}") from error
+
+
+def check_reachable(name: str) -> None:
+    """Ask the Hub once for a model that is not in its cache: a download would ask for half a minute.
+
+    Args:
+        name (`str`): Folder or Hub id; of a folder nothing is asked.
+
+    Raises:
+        ValueError: If there is no connection. What the Hub answers is left to the download.
+    """
+    if constants.HF_HUB_OFFLINE or Path(name).is_dir():
+        return
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ValueError(
+            f"model is {name!r}, which is no folder here, and the Hub cannot be reached: {error}"
+        ) from error
+    except (httpx.HTTPError, FileMetadataError, HFValidationError):
+        return
 
 
 @contextmanager
