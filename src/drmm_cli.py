@@ -45,7 +45,7 @@ COMMANDS = {
         "draw a figure of the paper from what has been measured here",
         "drmm figures 7 --results runs/bccd --output figure7.pdf",
     ),
-    "audit": ("look for errors in annotations with a model's density", "drmm audit DATA runs/bccd/best --split train"),
+    "audit": ("look for errors in annotations with a model's density", "drmm audit runs/bccd/best DATA --split train"),
     "compare": ("set detectors side by side on the same data", "drmm compare runs/a/best runs/b/best DATA"),
     "doctor": ("look for what is wrong with data before training on them", "drmm doctor DATA"),
 }

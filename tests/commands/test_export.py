@@ -7,11 +7,17 @@ import pytest
 from drmm_cli import main
 
 
-def test_the_command_exports_compares_and_measures(drmm_folder, coco_folder, tmp_path, capsys):
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_the_command_exports_compares_and_measures(
+    drmm_folder, coco_folder, tmp_path, capsys, monkeypatch, on_terminal
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: on_terminal)
     output = tmp_path / "out"
     command = ["export", str(drmm_folder), "--format", "torch", "--data", str(coco_folder), "--output", str(output)]
     assert main(command) == 0
-    said = capsys.readouterr().out
+    said, bars = capsys.readouterr()
+    words = "tracing the model ...\nwriting torch ...\ncomparing with the model ...\n"
+    assert ("timing both ..." in bars) == (words in bars) == on_terminal
     assert "largest difference to the model in float32" in said and "times as fast" in said
     about = json.loads((output / "export.json").read_text())
     assert about["AP"]["eager"] == pytest.approx(about["AP"]["exported"], abs=1e-3)
