@@ -351,6 +351,7 @@ CASES: dict[str, list[Case]] = {
         Case("a misspelt field", lambda p: detect(p, with_config(p, num_querys=5)), "num_queries"),
         Case("an unknown model_type", lambda p: detect(p, with_config(p, model_type="drm")), "drm"),
         Case("an empty list", lambda p: detect(p, with_file(p, "config.json", "[]")), "config.json"),
+        Case("null", lambda p: detect(p, with_file(p, "config.json", "null")), "config.json"),
         Case("half a file", lambda p: detect(p, with_file(p, "config.json", '{"model_type": ')), "config.json"),
         Case(
             "an empty list as the processor",

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from PIL import Image
+
 from drmm_cli import main
 
 
@@ -24,9 +26,17 @@ def detect():
         print(f"{found['label']:>10} {found['score']:.2f}  {box}")
 
 
+def shrink(path):
+    """Make the picture of detections one for a page: under 150 kB."""
+    with Image.open(path) as picture:
+        picture.thumbnail((1000, 1000))
+        picture.save(path, quality=75)
+
+
 if __name__ == "__main__":
     shutil.rmtree(OUTPUT, ignore_errors=True)
     recipe = ROOT / "scripts" / "recipes" / "quickstart_generated.yaml"
     if main(["train", str(recipe), "--output", str(OUTPUT)]) == 0:
         detect()
+        shrink(OUTPUT / "detections.jpg")
         print(f"\nmodel, pictures and figures: {OUTPUT.relative_to(ROOT)}/{{best, detections.jpg, summary.json, ...}}")

@@ -48,7 +48,7 @@ COMMANDS = {
         "draw a figure of the paper from what has been measured here",
         "drmm figures 7 --results runs/bccd --output figure7.pdf",
     ),
-    "audit": ("look for errors in annotations with a model's density", "drmm audit DATA runs/bccd/best --split train"),
+    "audit": ("look for errors in annotations with a model's density", "drmm audit runs/bccd/best DATA --split train"),
     "compare": ("set detectors side by side on the same data", "drmm compare runs/a/best runs/b/best DATA"),
     "doctor": ("look for what is wrong with data before training on them", "drmm doctor DATA"),
 }
@@ -71,8 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         return _main(sys.argv[1:] if argv is None else argv)
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
 class _Unread:
-    """A stream that stays quiet when its reader has left, as in `drmm ... | head`: the work goes on to its end."""
+    """A stream that stays quiet when its reader has left, as in `drmm ... | head`: the work goes on to its end.
+
+    Colours, which transformers' warnings have whoever reads them, go to terminals alone.
+    """
 
     def __init__(self, stream):
         self._stream = stream
@@ -88,7 +94,7 @@ class _Unread:
 
     def write(self, text):
         try:
-            return self._stream.write(text)
+            return self._stream.write(text if self._stream.isatty() else _COLOUR.sub("", text))
         except BrokenPipeError:
             self._give_up()
             return len(text)

@@ -99,6 +99,14 @@ def test_json_is_all_of_standard_output(stub, capfd, document):
     assert (shown.out, shown.err) == ("for people\n", "")
 
 
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_colours_are_for_terminals(stub, monkeypatch, capsys, on_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    stub.run = lambda args: print("\x1b[1mloud\x1b[0m and clear", file=sys.stderr) or 0
+    assert cli.main(["predict", "x"]) == 0
+    assert capsys.readouterr().err == ("\x1b[1mloud\x1b[0m and clear\n" if on_terminal else "loud and clear\n")
+
+
 def test_libraries_draw_no_bars_where_nobody_sees_them(stub, monkeypatch):
     names = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
     monkeypatch.setattr(cli.os, "environ", {names[1]: "0"})

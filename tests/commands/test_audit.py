@@ -28,7 +28,7 @@ def model_folder(tmp_path_factory):
 
 def test_entries_crops_and_a_page_are_written(model_folder, coco_folder, tmp_path, capsys):
     output = tmp_path / "out"
-    command = ["audit", str(coco_folder), str(model_folder), "--split", "val", "--output", str(output)]
+    command = ["audit", str(model_folder), str(coco_folder), "--split", "val", "--output", str(output)]
     assert main([*command, "--worst", "1"]) == 0
     result = json.loads((output / "audit.json").read_text())
     assert {entry["annotation_id"] for entry in result["annotations"]} == {1, 2}
@@ -57,7 +57,7 @@ def test_crowds_are_left_out_and_names_are_text(model_folder, coco_folder, tmp_p
     (folder / "val" / content["images"][2]["file_name"]).rename(folder / "val" / name)
     content["images"][2]["file_name"] = name
     path.write_text(json.dumps(content))
-    assert main(["audit", str(folder), str(model_folder), "--split", "val", "--output", str(output)]) == 0
+    assert main(["audit", str(model_folder), str(folder), "--split", "val", "--output", str(output)]) == 0
     assert json.loads((output / "audit.json").read_text())["num_crowds"] == 1
     assert "1 crowds left out" in capsys.readouterr().out
     page = (output / "audit.html").read_text()
@@ -72,7 +72,7 @@ def test_an_audit_is_measured_against_what_was_planted(model_folder, coco_folder
     path.write_text(json.dumps(content))
     record = tmp_path / "planted_errors.json"
     record.write_text(json.dumps(planted))
-    command = ["audit", str(folder), str(model_folder), "--split", "val", "--output", str(output)]
+    command = ["audit", str(model_folder), str(folder), "--split", "val", "--output", str(output)]
     assert main([*command, "--planted", str(record)]) == 0
     scored = json.loads((output / "planted.json").read_text())
     assert list(scored) == ["density", "confidence"]
@@ -85,7 +85,7 @@ def test_an_audit_is_measured_against_what_was_planted(model_folder, coco_folder
 
 def test_a_model_without_a_density_is_refused(coco_folder, tmp_path, capsys):
     model_folder = save_model(tmp_path / "box", head_type="box", criterion="focal_l1_giou")
-    assert main(["audit", str(coco_folder), str(model_folder), "--split", "val", "--output", str(tmp_path)]) == 2
+    assert main(["audit", str(model_folder), str(coco_folder), "--split", "val", "--output", str(tmp_path)]) == 2
     assert "head_type 'box', which predicts boxes and scores but no density" in capsys.readouterr().err
 
 
@@ -106,14 +106,14 @@ ENTRY = {"kind": "moved", "annotation_id": 1, "image_id": 10, "category_id": 3, 
 def test_what_is_no_record_of_planted_errors_is_refused(model_folder, coco_folder, tmp_path, capsys, content, message):
     record = tmp_path / "planted.json"
     record.write_text(content)
-    command = ["audit", str(coco_folder), str(model_folder), "--split", "val", "--output", str(tmp_path / "out")]
+    command = ["audit", str(model_folder), str(coco_folder), "--split", "val", "--output", str(tmp_path / "out")]
     assert main([*command, "--planted", str(record)]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_negative_number_of_crops_is_refused(coco_folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["audit", str(coco_folder), str(tmp_path), "--worst", "-3"])
+        main(["audit", str(tmp_path), str(coco_folder), "--worst", "-3"])
     assert "--worst: '-3' is given; the rule is a whole number of at least 0" in capsys.readouterr().err
 
 
@@ -125,8 +125,14 @@ def test_a_saved_calibration_is_not_used(model_folder, coco_folder, tmp_path, ca
     processor.calibration = {"scores": {"method": "temperature", "temperature": 3.0}}
     processor.save_pretrained(calibrated)
     for folder in (model_folder, calibrated):
-        command = ["audit", str(coco_folder), str(folder), "--split", "val", "--output", str(tmp_path / folder.name)]
+        command = ["audit", str(folder), str(coco_folder), "--split", "val", "--output", str(tmp_path / folder.name)]
         assert main(command) == 0
     assert "the calibration that is saved with the model is not used" in capsys.readouterr().out
     plain, other = (tmp_path / folder.name / "audit.json" for folder in (model_folder, calibrated))
     assert plain.read_text() == other.read_text()
+
+
+def test_data_in_the_place_of_the_model_are_named(model_folder, coco_folder, tmp_path, capsys):
+    assert main(["audit", str(coco_folder), str(model_folder), "--output", str(tmp_path / "out")]) == 2
+    assert f"model {str(coco_folder)!r} holds no config.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

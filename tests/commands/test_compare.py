@@ -21,8 +21,10 @@ def test_a_model_and_a_file_side_by_side(model_folder, coco_folder, tmp_path, ca
     assert file["AP"] == pytest.approx(0.5) and file["seconds"] is None  # one of two classes
     assert mine["seconds"] > 0 and (mine["NLL"] is not None) == ("drmm" in model_folder.name)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["file", "50.00", "50.00", "25.00", "25.00", "-", "-", "-", "-"] in lines
-    assert any(line[:1] == ["mine"] and line[7:9] == [f"{1000 * mine['seconds']:.0f}", "1.00"] for line in lines)
+    assert ["file", "50.00", "50.00", "25.00", "25.00", "-", "-", "-", "-", "-"] in lines
+    timed = ["64/96", f"{1000 * mine['seconds']:.0f}", "1.00"]
+    assert any(line[:1] == ["mine"] and line[7:10] == timed for line in lines)
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == ["1_mine", "2_file"]
     # A row a picture, a column for the annotations and one for each model.
     sheet = Image.open(output / "differences.jpg")
     assert sheet.width > 3 * 900 and result["pictures"]

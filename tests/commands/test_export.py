@@ -7,14 +7,21 @@ import pytest
 from drmm_cli import main
 
 
-def test_the_command_exports_compares_and_measures(drmm_folder, coco_folder, tmp_path, capsys):
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_the_command_exports_compares_and_measures(
+    drmm_folder, coco_folder, tmp_path, capsys, monkeypatch, on_terminal
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: on_terminal)
     output = tmp_path / "out"
     command = ["export", str(drmm_folder), "--format", "torch", "--data", str(coco_folder), "--output", str(output)]
-    assert main([*command, "--json"]) == 0
-    shown, said = capsys.readouterr()
+    assert main(command if on_terminal else [*command, "--json"]) == 0
+    shown, bars = capsys.readouterr()
+    said = shown if on_terminal else bars  # with --json what is for people is on standard error
+    words = "tracing the model ...\nwriting torch ...\ncomparing with the model ...\n"
+    assert ("timing both ..." in bars) == (words in bars) == on_terminal
     assert "largest difference to the model in float32" in said and "times as fast" in said
     about = json.loads((output / "export.json").read_text())
-    assert json.loads(shown) == about and not {"\r", "\x1b"} & set(said)
+    assert on_terminal or (json.loads(shown) == about and not {"\r", "\x1b"} & set(said))
     assert about["AP"]["eager"] == pytest.approx(about["AP"]["exported"], abs=1e-3)
     assert f"AP in per cent: {100 * about['AP']['eager']:.3f} in torch" in said
     assert main(command) == 2

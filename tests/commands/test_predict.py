@@ -59,6 +59,36 @@ def test_no_picture_is_drawn_over(model_folder, coco_folder, tmp_path):
     assert (tmp_path / "0_2.jpg").exists()
 
 
+def test_files_of_an_earlier_run_are_replaced_and_it_is_said(drmm_folder, coco_folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    pictures = [coco_folder / "val" / f"{i}.png" for i in range(3)]
+
+    def predict(*chosen):
+        assert main(["predict", str(drmm_folder), *map(str, chosen), "--output", str(output)]) == 0
+        return capsys.readouterr().err
+
+    assert "earlier run" not in predict(*pictures)
+    (output / "mine.txt").write_text("kept")
+    assert f"files of an earlier run in {output} that are replaced: 4\n" in predict(pictures[1])
+    assert sorted(path.name for path in output.iterdir()) == ["1.jpg", "mine.txt", "predictions.json"]
+    assert "replaced: 2\n" in predict(pictures[0])
+    assert "replaced: 1\n" in predict(output / "0.jpg")  # what is read stays
+    assert sorted(path.name for path in output.iterdir()) == ["0.jpg", "0_2.jpg", "mine.txt", "predictions.json"]
+
+
+@pytest.mark.parametrize("content", ["[", "3", "[3]", "[]", '[{"drawn": 3}]'])
+def test_files_that_no_earlier_run_wrote_are_not_replaced(drmm_folder, coco_folder, tmp_path, capsys, content):
+    """Neither a picture, nor a predictions.json of something else."""
+    command = ["predict", str(drmm_folder), str(coco_folder / "val" / "0.png"), "--output", str(tmp_path)]
+    (tmp_path / "0.jpg").write_text("mine")
+    assert main(command) == 2
+    assert "0.jpg was not written by an earlier drmm predict" in capsys.readouterr().err
+    (tmp_path / "predictions.json").write_text(content)
+    assert main(command) == 2
+    (tmp_path / "0.jpg").unlink()
+    assert main(command) == (0 if content == "[]" else 2)
+
+
 @pytest.mark.parametrize("broken", ["cut", "16 bits"])
 def test_pictures_that_cannot_be_read_are_named(model_folder, coco_folder, tmp_path, capsys, broken):
     picture = tmp_path / "picture.png"

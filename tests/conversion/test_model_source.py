@@ -1,5 +1,6 @@
 """Folders that exist are found; of other names it is decided without the Hub whether they could be ids there."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,10 @@ def test_any_text_is_an_id_or_a_sentence(name):
         assert Path(find_source(name)).is_dir() or find_source(name) == name and name.count("/") <= 1
     except (FileNotFoundError, NotADirectoryError) as error:
         assert repr(name) in str(error)
+
+
+@pytest.mark.parametrize("content", ["null", "3", "[]"])
+def test_a_config_that_is_no_object_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json holds {re.escape(content)}; the rule is an object"):
+        find_source(tmp_path)

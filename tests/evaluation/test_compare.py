@@ -1,6 +1,7 @@
 """Detectors side by side: errors of pictures by hand, and the order of those that tell them apart."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from drmm_hf.data.labels import LabelMap
 from drmm_hf.evaluation import compare as module
 from drmm_hf.evaluation.calibration import optimal_lrp
 from drmm_hf.evaluation.coco_metrics import ground_truth
-from drmm_hf.evaluation.compare import compare, interleaved_seconds, largest_differences, picture_errors
+from drmm_hf.evaluation.compare import (
+    compare,
+    folder_name,
+    input_size,
+    interleaved_seconds,
+    largest_differences,
+    picture_errors,
+)
 from drmm_hf.evaluation.detections import Detections
 from drmm_hf.evaluation.evaluate import evaluate
 from drmm_hf.evaluation.likelihood import likelihoods
@@ -115,7 +123,21 @@ def test_every_column_is_what_its_own_measurement_says(tmp_path):
     assert models["file"]["threshold"] == pytest.approx(0.7)  # both objects of picture 0 and that of 1, nothing else
     assert {one["image_id"] for one in result["pictures"]} <= {0, 1, 2} and result["pictures"]
     assert result["pictures"][0]["errors"]["file"]["lrp"] == pytest.approx(0, abs=1e-9)
-    assert json.loads((tmp_path / "model_2" / "detections.json").read_text()) == GOOD
+    assert json.loads((tmp_path / "2_file" / "detections.json").read_text()) == GOOD
+
+
+def test_folders_are_named_after_the_detectors():
+    """Each has its own, whatever the names are and whether or not the disk tells cases apart."""
+    names = ["runs/a/best", "RUNS/A/best", "../x y.json", "é", "/" + 300 * "long/"]
+    folders = [folder_name(number, name) for number, name in enumerate(names, start=1)]
+    assert folders[:4] == ["1_runs_a_best", "2_RUNS_A_best", "3_x_y.json", "4_é"]
+    assert len(folders[4]) <= 70 and folders[4].endswith("long")
+
+
+def test_the_input_size_is_what_the_processor_says():
+    assert input_size(make_detector(0)[1]) == {"shortest_edge": 48, "longest_edge": 96}
+    assert input_size(SimpleNamespace(size={"height": 640, "width": 480})) == {"height": 640, "width": 480}
+    assert input_size(SimpleNamespace(size=None)) is None
 
 
 def test_detectors_are_timed_in_turns(monkeypatch):

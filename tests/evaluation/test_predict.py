@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from transformers import (
     ConditionalDetrConfig,
@@ -37,7 +38,7 @@ from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 from conftest import tiny_config
 from drmm_cli import main
 from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
-from drmm_hf.evaluation.predict import predict
+from drmm_hf.evaluation.predict import load_detector, predict
 
 
 RESNET = {
@@ -467,3 +468,30 @@ def test_scores_that_the_processor_of_rt_detr_misreads_are_refused():
     model.config.use_focal_loss = False
     with pytest.raises(ValueError, match="config.use_focal_loss is False"):
         predict(model, processor, pictures(1), progress=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"3", b"null", b"{", b"\xff\xfe", b'{"image_processor_type": "NoSuch"}', b'{"image_processor_type": 3}']
+    + [b'{"image_processor_type": "DrmmImageProcessor", "size": []}'],
+)
+def test_a_damaged_image_processor_is_named(tmp_path, content):
+    DrmmForObjectDetection(tiny_config()).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"model is {str(tmp_path)!r}, whose preprocessor_config.json (cannot|does not)"
+    ):
+        load_detector(str(tmp_path), "cpu")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
+    """A download would ask six times, with pauses of 24 seconds together; port 1 refuses every connection."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    address = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"a pause of {seconds} s"))
+    with pytest.raises(
+        ValueError, match="model is 'nobody/nothing', which is no folder here, and the Hub cannot be re"
+    ):
+        load_detector("nobody/nothing", "cpu")

@@ -98,7 +98,7 @@ def test_no_field_name_occurs_in_two_sections():
             ["data.longest_edge", "800", "shortest_edge"],
         ),
         ("data: {shortest_edge: 1}\n" + MINIMAL, {}, ["data.shortest_edge", "1", "at least 32"]),
-        ("data: {num_workers: -1}\n" + MINIMAL, {}, ["data.num_workers", "-1", "negative"]),
+        ("data: {num_workers: -1}\n" + MINIMAL, {}, ["data.num_workers", "-1", "between 0 and 1024"]),
         ("model: {num_stages: many}\n" + MINIMAL, {}, ["model", "num_stages"]),
         ("model: {num_queries: 5}\n" + MINIMAL, {}, ["model", "proposal_grid", "num_queries=5"]),
     ],

@@ -42,7 +42,14 @@ def test_a_checkpoint_of_other_classes_lends_everything_but_the_classifier(tiny_
     processor.calibration, processor.score_threshold = {"scale_factor": 2.0}, 0.3  # hold for those weights only
     model.save_pretrained(tmp_path / "shapes")
     processor.save_pretrained(tmp_path / "shapes")
-    swapped, processor = build_model(tiny_recipe(init_from=str(tmp_path / "shapes"), shortest_edge=48), cells)
+    recipe = tiny_recipe(init_from=str(tmp_path / "shapes"), shortest_edge=48)
+    settings = tmp_path / "shapes" / "preprocessor_config.json"
+    whole = settings.read_text()
+    settings.write_text("[]")
+    with pytest.raises(ValueError, match="init_from is .*, whose preprocessor_config.json does not hold the settings"):
+        build_model(recipe, cells)
+    settings.write_text(whole)
+    swapped, processor = build_model(recipe, cells)
     assert swapped.config.id2label == {0: "red", 1: "white"}
     assert swapped.config.category_ids == [5, 6]
     assert (list(processor.image_mean), dict(processor.size)["shortest_edge"]) == ([0.1, 0.2, 0.3], 48)

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from functools import partialmethod
@@ -464,6 +465,25 @@ def test_the_length_of_a_run_is_told_and_that_it_is_too_short_for_its_warm_up(ti
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("warmup_steps", "warns"), [(60, True), (10, False)])
+def test_a_run_too_short_for_its_warm_up_by_the_clock_is_told_once_its_pace_is_known(
+    tiny_recipe, tmp_path, capsys, monkeypatch, warmup_steps, warns
+):
+    """On a clock that advances a tenth of a second whenever it is read, in a run of five seconds."""
+    ticks = itertools.count()
+    for module in (loop, run_log):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 10))
+    options = {"epochs": None, "max_minutes": 5 / 60, "schedule_by": "time", "warmup_steps": warmup_steps}
+    summary = train(tiny_recipe(**options))
+    assert (summary["steps"] < warmup_steps) == warns
+    said = capsys.readouterr().out
+    assert said.count("warning") == 2 * warns  # the second one, at the end, has the true number of steps
+    if warns:
+        found = re.search(r"about (\d+) steps fit into max_minutes 0.083\d*, fewer than warmup_steps 60", said)
+        assert abs(int(found[1]) - summary["steps"]) <= 0.3 * summary["steps"]
+        assert said.index("warning") < said.index(f"step {summary['steps'] // 2} ")
+
+
 @pytest.mark.parametrize("name", ["best", "metrics.json", "detections.json"])
 def test_a_best_checkpoint_that_was_deleted_is_replaced_by_the_newest(tiny_recipe, tmp_path, capsys, name):
     """In a finished run, where it is not the best one; the log stays as it was."""
@@ -477,6 +497,71 @@ def test_a_best_checkpoint_that_was_deleted_is_replaced_by_the_newest(tiny_recip
     assert again["AP"] == lines[-1]["AP"] and rows(tmp_path / "run") == lines
     best, last = weights(tmp_path / "run" / "best"), weights(tmp_path / "run" / "last")
     assert all(torch.equal(tensor, last[name]) for name, tensor in best.items())
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_best_value_on_other_validation_data_is_forgotten(tiny_recipe, tmp_path, capsys, monkeypatch, is_killed):
+    """In a finished run; also where the first process that saw the other data was killed before it had evaluated."""
+    options = {"evaluate_every": 1, "save_every_steps": 1}
+    train(tiny_recipe(**options))
+    lines, said = rows(tmp_path / "run"), capsys.readouterr().out
+    assert "data changed" not in said
+    if is_killed:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(loop, "evaluate_model", lambda *_: (_ for _ in ()).throw(Killed))
+            train(tiny_recipe(**options, resume=True, num_val_images=4))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    again = train(tiny_recipe(**options, resume=True, num_val_images=4))
+    said = capsys.readouterr().out
+    assert re.search(r"val data changed: 3 pictures with \d+ objects before, 4 pictures with \d+ objects now", said)
+    assert "measured on other validation data; that of step 6 is evaluated in its place" in said
+    assert (again["steps"], again["best_step"], again["num_images"]) == (6, 6, 4)
+    assert rows(tmp_path / "run")[:-1] == lines and rows(tmp_path / "run")[-1]["AP"] == again["AP"]
+    train(tiny_recipe(**options, resume=True, num_val_images=4, epochs=3))
+    assert "training.epochs was 2" in (said := capsys.readouterr().out)
+    train(tiny_recipe(**options, resume=True, num_val_images=4, epochs=3))
+    assert "data changed" not in capsys.readouterr().out
+
+
+def test_training_data_that_changed_are_said(tiny_recipe, tmp_path, capsys):
+    train(tiny_recipe(max_steps=2))
+    summary = train(tiny_recipe(max_steps=3, resume=True, num_train_images=12))
+    said = capsys.readouterr().out
+    assert re.search(r"train data changed: 10 pictures with \d+ objects before, 12 pictures with \d+ objects", said)
+    assert "step 3 of the epoch in progress has other pictures than it would have had" in said
+    assert "val data changed" not in said and summary["steps"] == 3
+
+
+def test_a_damaged_manifest_is_put_aside(tiny_recipe, tmp_path, capsys):
+    train(tiny_recipe(max_steps=1))
+    for content in ("[{", "{}", '["a"]', '[{"step": "one"}]', '[{"step": 0, "data": {"val": 3}}]'):
+        (tmp_path / "run" / "manifest.json").write_text(content)
+        train(tiny_recipe(max_steps=1, resume=True))
+        assert "manifest.json is damaged" in capsys.readouterr().out
+        assert (tmp_path / "run" / "manifest.json.damaged").read_text() == content
+        assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())) == 1
+
+
+def test_a_run_that_lost_its_recipe_is_not_resumed_with_another_model(tiny_recipe, tmp_path):
+    """Nor with other classes, which no recipe names; a class may get another name."""
+    shapes = generate_shapes(4, 0, (64, 64))
+    for split in ("train", "val"):
+        save_coco(shapes, tmp_path / "shapes", split)
+    options = {"source": str(tmp_path / "shapes"), "max_steps": 1}
+    train(tiny_recipe(**options))
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(ValueError, match="holds a run of another model: num_queries was 16 and is 9; name another"):
+        train(tiny_recipe(**options, resume=True, num_queries=9, proposal_grid=[3, 3]))
+    annotations = [tmp_path / "shapes" / "annotations" / f"instances_{split}.json" for split in ("train", "val")]
+    for file in annotations:
+        file.write_text(file.read_text().replace('"triangle"', '"wedge"'))
+    assert train(tiny_recipe(**options, resume=True))["steps"] == 1
+    for file in annotations:
+        content = json.loads(file.read_text())
+        content["categories"].append({"id": 99, "name": "star"})
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"another model: category_ids was \[2, 3, 7\] and is \[2, 3, 7, 99\]"):
+        train(tiny_recipe(**options, resume=True))
 
 
 def test_a_batch_size_that_was_found_is_asked_for_where_the_recipe_is_lost(tiny_recipe, tmp_path):

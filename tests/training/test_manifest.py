@@ -5,7 +5,7 @@ import sys
 import torch
 
 from drmm_hf.data.generated import generate_shapes
-from drmm_hf.training.manifest import add_to_manifest, data_fingerprint, git_revision, versions
+from drmm_hf.training.manifest import add_to_manifest, data_changes, data_fingerprint, git_revision, versions
 
 
 def test_each_start_adds_a_record(tmp_path, monkeypatch):
@@ -51,3 +51,18 @@ def test_a_fingerprint_depends_on_what_is_annotated_alone():
     assert data_fingerprint(shapes.select([1, 0, 2, 3, 4, 5]))["sha256"] != fingerprint["sha256"]
     other = shapes.map(lambda row: {"objects": [{**item, "iscrowd": 1} for item in row["objects"]]})
     assert data_fingerprint(other)["sha256"] != fingerprint["sha256"]
+
+
+def test_data_are_compared_with_those_of_the_start_that_saved_the_checkpoint():
+    """A start at the step of a checkpoint, which saved nothing itself, does not count."""
+    old, new = ({"num_images": 2, "num_objects": 5, "sha256": name} for name in "ab")
+    starts = [{"step": 0, "data": {"train": old, "val": old}}, {"step": 7, "data": {"train": old, "val": new}}]
+    assert data_changes(starts, 7, {"train": old, "val": old}) == {}
+    changes = data_changes(starts, 7, {"train": old, "val": new})
+    words = "val data changed: 2 pictures with 5 objects as before, with other names, sizes, boxes or classes"
+    assert changes == {"val": words}
+    assert data_changes(starts, 9, {"train": old, "val": new}) == {}
+    assert data_changes([], 9, {"train": old, "val": new}) == data_changes(starts, 0, {"train": new, "val": new}) == {}
+    streams = [{"num_shards": shards, "sha256": str(shards)} for shards in (3, 4)]
+    changes = data_changes([{"step": 0, "data": {"train": streams[0]}}], 1, {"train": streams[1], "val": new})
+    assert changes == {"train": "train data changed: 3 shards before, 4 shards now"}

@@ -79,6 +79,9 @@ def test_a_model_that_goes_on_keeps_architecture_and_input_size(shapes, tmp_path
     DrmmImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "fixed")
     recipe, notes = choose_recipe(str(shapes), {"init_from": str(tmp_path / "fixed")})
     assert any("near the pictures' own 64" in note for note in notes)
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="init_from is .*, whose preprocessor_config.json does not hold the settings"):
+        choose_recipe(str(shapes), {"init_from": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match="init_from '.*nothing' does not exist"):
         choose_recipe(str(shapes), {"init_from": str(tmp_path / "nothing")})
 

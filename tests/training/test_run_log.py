@@ -143,3 +143,16 @@ def test_a_first_line_comes_after_ten_seconds(tmp_path, capsys):
         log.add(batches_of([[1]], [[3]]), [{"loss": torch.tensor(1.0)}], torch.tensor(1.0))
     assert capsys.readouterr().out == "[0.2 min, about 9.8 left] epoch 0 step 2\n"
     assert rows(tmp_path) == []
+
+
+@pytest.mark.parametrize("line", ["[1,2]", "5", "{", '{"loss": 1}', '{"step": "1"}', "\\xff"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line.encode().replace(b"\\xff", b"\xff") + b"\n")
+    with pytest.raises(ValueError, match=r"log.jsonl, line 2, is no line of a log.* move the file away to go on"):
+        Log(Accelerator(cpu=True), tmp_path, Progress(step=3), 10)
+
+
+def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    Log(Accelerator(cpu=True), tmp_path, Progress(step=3), 10)
+    assert rows(tmp_path) == [{"step": 1}]

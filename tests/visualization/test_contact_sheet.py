@@ -52,6 +52,10 @@ def test_a_sheet_holds_every_card_and_cuts_long_lines():
     # The long line ends where its card does: the gap behind the last column is white from top to bottom.
     assert (np.asarray(sheet)[:, -9:] == 255).all()
     assert contact_sheet(cards[:1]).width < sheet.width
+    assert ORANGE in {colour for _, colour in contact_sheet(cards).getcolors(1 << 24)}
+    without = contact_sheet(cards, annotated=False)  # no legend of what is not drawn
+    colours = {colour for _, colour in without.getcolors(1 << 24)}
+    assert ORANGE not in colours and BLUE in colours
     with pytest.raises(ValueError, match="cards is empty"):
         contact_sheet([])
 

@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (`argparse.ArgumentParser`): The command's parser.
     """
-    parser.add_argument("data", metavar="DATA", help="COCO folder, Hub id or image folder")
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a D-RMM model")
+    parser.add_argument("data", metavar="DATA", help="COCO folder, Hub id or image folder")
     parser.add_argument("--split", default="train", help="split of the data (default: train)")
     parser.add_argument("--output", default="runs/audit", metavar="DIR", help="where to write (default: runs/audit)")
     parser.add_argument("--worst", type=at_least(0), default=100, metavar="N", help="crops on the page, of each kind")
@@ -164,7 +164,7 @@ def draw_sheets(
                 Card(crop(image(entry["image_id"]), *boxes), [*describe(entry, names), files[entry["image_id"]]])
             )
         if cards:
-            contact_sheet(cards[:_ON_PNG]).save(output / f"{key}.png")
+            contact_sheet(cards[:_ON_PNG], annotated=key == "annotations").save(output / f"{key}.png")
             written.append(f"{key}.png")
     counts = f"{result['num_images']} images, {len(result['annotations'])} annotations"
     counts += f", {result['num_crowds']} crowds left out"

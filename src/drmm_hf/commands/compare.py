@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     result = compare(detectors, dataset, annotations, output, **options)
     written = ["compare.json", *draw_differences(result, dataset, annotations, output, args.drawn)]
     args.document = result
+    written += [f"{model['folder']}/" for model in result["models"].values()]
     print(comparison(result))
     print(f"written to {output}: {', '.join(written)}")
     return 0
@@ -129,18 +130,20 @@ def comparison(result: Mapping[str, Any]) -> str:
         `str`: A line a model, AP and calibration in per cent; then the pictures where they differ most.
     """
     width = max(len("model"), *map(len, result["models"]))
-    titles = "".join(f"{name:>9}" for name in (*_FIGURES, "NLL", "M param", "ms", "speed"))
+    titles = "".join(f"{name:>9}" for name in (*_FIGURES, "NLL", "M param", "input", "ms", "speed"))
     lines = [f"{'model':<{width}}{titles}  quartiles"]
     for name, model in result["models"].items():
         values = [100 * model[figure] if model[figure] is not None else None for figure in _FIGURES]
         cells = "".join(_cell(value, 2) for value in [*values, model["NLL"]])
         cells += _cell(model["parameters"] and model["parameters"] / 1e6, 2)
+        cells += f"{_size(model['input_size']):>9}"
         cells += _cell(model["seconds"] and 1000 * model["seconds"], 0) + _cell(model["speed"], 2)
         quartiles = model["speed_quartiles"]
         lines.append(f"{name:<{width}}{cells}" + (f"  {quartiles[0]:.2f} - {quartiles[1]:.2f}" if quartiles else ""))
     lines += [
         "",
-        "AP and ECE in per cent; NLL in pixels of the picture; ms a picture, one at a time; speed beside the first",
+        "AP and ECE in per cent; NLL in pixels of the picture; input: shorter side / bound of the longer one, or "
+        "height x width; ms a picture, one at a time; speed beside the first",
         "",
         "error (LRP) of the pictures where they differ most, each model at the score of its best F1"
         if result["pictures"]
@@ -199,6 +202,14 @@ def draw_differences(
             images.append(draw_boxes(image, boxes, label_map.id2label, threshold))
     grid(images, columns=len(shown), captions=captions).save(output / "differences.jpg", quality=88)
     return ["differences.jpg"]
+
+
+def _size(size: Mapping[str, int] | None) -> str:
+    """Return the input size of a model in few letters."""
+    size = size or {}
+    if "height" in size:
+        return f"{size['height']}x{size['width']}"
+    return "/".join(str(size[edge]) for edge in ("shortest_edge", "longest_edge") if edge in size) or "-"
 
 
 def _cell(value: float | None, digits: int) -> str:

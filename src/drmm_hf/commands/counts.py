@@ -6,8 +6,12 @@ import argparse
 from collections.abc import Callable
 
 
+# Libraries keep numbers in 32 or 64 bits, and fail beyond them in their own words.
+_MOST = 2**31 - 1
+
+
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a `type` of argparse: whole numbers from the least one on.
+    """Return a `type` of argparse: whole numbers from the least one on, up to what 32 bits hold.
 
     Args:
         least (`int`): The smallest that is taken.
@@ -21,8 +25,10 @@ def at_least(least: int) -> Callable[[str], int]:
             value = int(word)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{word!r} is given; the rule is a whole number of at least {least}")
+        if not least <= value <= _MOST:
+            shown = word if len(word) <= 30 else f"{word[:27]}..."
+            rule = f"a whole number of at least {least} and at most {_MOST}"
+            raise argparse.ArgumentTypeError(f"{shown!r} is given; the rule is {rule}")
         return value
 
     return count

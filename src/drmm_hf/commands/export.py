@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,11 @@ def run(args: argparse.Namespace) -> int:
     model, processor = load_detector(name, "cpu")
     if model.config.model_type != "drmm":
         raise ValueError(f"model {name!r} is a {model.config.model_type!r}; only D-RMM detectors are exported.")
-    options = {"dtype": args.dtype, "int8": args.int8, "post_process": args.post_process}
+    options = {"dtype": args.dtype, "int8": args.int8, "post_process": args.post_process, "say": _say}
     about = export_detector(model, processor, args.output, args.format, **options)
     print(parity_table(about["parity"]), flush=True)
     graph, exported = DetectionGraph(model), ExportedDetector(args.output)
+    _say("timing both")
     about["latency"] = measure_latency(graph, processor, exported)
     print(f"\n{latency_line(about['latency'], args.format)}", flush=True)
     if split is not None:
@@ -79,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
     args.document = write_json(about, Path(args.output) / "export.json")
     print(f"\n{args.output} is the export; export.json in it has the figures")
     return 0
+
+
+def _say(words: str) -> None:
+    """Say on a terminal what is done, as bars are shown there only: tracing alone takes half a minute."""
+    if sys.stderr.isatty():
+        print(f"{words} ...", file=sys.stderr, flush=True)
 
 
 def parity_table(rows: list[Mapping[str, Any]]) -> str:

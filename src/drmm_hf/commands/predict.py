@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -164,25 +165,70 @@ def _predict(args: argparse.Namespace, name: str, files: Sequence[PictureFile]) 
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a place that cannot be written costs none
     films = {file: Film(file.path, file.name, args.every) for file in files if file.is_film}
+    places = _drawn_paths(files, output, ".jpg")
+    density_places = _drawn_paths(files, output, "_density.png") if args.density else {}
+    earlier = replaced_files(output, [*places.values(), *density_places.values(), output / "predictions.json"])
+    earlier -= {path for path in earlier if path.resolve() in {file.path.resolve() for file in files}}
+    if earlier:
+        print(f"files of an earlier run in {output} that are replaced: {len(earlier)}", file=sys.stderr)
     model, processor = load_detector(name, args.device, args.dtype)
     if args.interval is not None or args.density:
         check_density(model.config)
-    places = _drawn_paths(files, output, ".jpg")
     predicted = {}
     try:
         pictures = [file for file in files if file not in films]
-        predicted |= _pictures(args, model, processor, pictures, places)
+        predicted |= _pictures(args, model, processor, pictures, places, density_places)
         for file, film in films.items():
             predicted[file] = _film(args, model, processor, film, places[file])
     finally:  # a film may be damaged at its end
         records = [predicted[file] for file in files if file in predicted]
         if records:
             write_text(output / "predictions.json", json.dumps(records, indent=1) + "\n")
+            for path in earlier - written_files(output, records):
+                path.unlink(missing_ok=True)
     if args.coco:
         write_json(coco_content(records, model.config), args.coco)
     args.document = records
     print(_lines(records))
     return 0
+
+
+def replaced_files(output: Path, targets: Iterable[Path]) -> set[Path]:
+    """Find what an earlier run left in a folder.
+
+    Args:
+        output (`Path`): The folder.
+        targets (`Iterable[Path]`): Files that are to be written.
+
+    Returns:
+        `set[Path]`: The files that the `predictions.json` in it names, and itself.
+
+    Raises:
+        ValueError: If one of the targets is there and is none of them.
+    """
+    from ..evaluation.files import read_json
+
+    earlier = set()
+    with suppress(OSError, ValueError, TypeError, LookupError):  # there is none, or it is of something else
+        earlier = written_files(output, [*read_json(output / "predictions.json")])
+    foreign = [path for path in targets if path.exists() and path not in earlier]
+    if foreign:
+        raise ValueError(f"{foreign[0]} was not written by an earlier drmm predict; name another --output.")
+    return {path for path in earlier if path.is_file()}
+
+
+def written_files(output: Path, records: Sequence[Mapping[str, Any]]) -> set[Path]:
+    """Return the files of a run.
+
+    Args:
+        output (`Path`): Its folder, which may have been moved since.
+        records (`Sequence[Mapping]`): As `predictions.json` has them.
+
+    Returns:
+        `set[Path]`: Drawn pictures and films, densities and `predictions.json`.
+    """
+    names = [record["drawn"] for record in records] + [one["density"] for one in records if "density" in one]
+    return {output / "predictions.json", *(output / Path(name).name for name in names)}
 
 
 def _pictures(
@@ -191,6 +237,7 @@ def _pictures(
     processor: Any,
     files: Sequence[PictureFile],
     places: Mapping[PictureFile, Path],
+    density_places: Mapping[PictureFile, Path],
 ) -> Iterator[tuple[PictureFile, dict[str, Any]]]:
     """Predict pictures, draw them, and yield what is said of each."""
     from tqdm import tqdm
@@ -210,7 +257,6 @@ def _pictures(
         top_k = config.num_queries * config.num_labels  # all pairs: they are the whole mixture
     everything = _detect(args, model, processor, rows, top_k)
     detections = everything.top_k(TOP_K) if args.density else everything
-    density_places = _drawn_paths(files, Path(args.output), "_density.png") if args.density else {}
     for row in tqdm(rows, "drawing", unit="image", delay=2, disable=None, leave=False):
         file, image = files[row["image_id"]], load_image(row)
         result = _shown(args, detections[row["image_id"]], model, processor)

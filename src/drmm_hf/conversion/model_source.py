@@ -1,5 +1,6 @@
 """Tell the folder of a model from its id on the Hub before the Hub is asked, which may take half a minute."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -28,6 +29,7 @@ def find_source(source: str | Path, argument: str = "model") -> str:
     Raises:
         FileNotFoundError: if it is a path and does not exist, or a folder without `config.json`.
         NotADirectoryError: if it is a file.
+        ValueError: if its `config.json` holds no object.
     """
     source = str(source)
     path = Path(os.path.expanduser(source))  # Path's own expanduser fails where there is no such home
@@ -36,6 +38,7 @@ def find_source(source: str | Path, argument: str = "model") -> str:
             inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
             hint = f"; is it {' or '.join(map(repr, inside[:3]))}?" if inside else "."
             raise FileNotFoundError(f"{argument} {source!r} holds no config.json, as a folder of a model does{hint}")
+        _check_config(path / "config.json")
         return str(path)
     if path.is_file():
         raise NotADirectoryError(f"{argument} {source!r} is a file; give the folder that holds the model.")
@@ -52,3 +55,13 @@ def find_source(source: str | Path, argument: str = "model") -> str:
     if reason is not None:
         raise FileNotFoundError(f"{argument} {source!r} does not exist, {reason}.")
     return source
+
+
+def _check_config(path: Path) -> None:
+    """Refuse what transformers stumbles over without naming it; what is no json at all it names."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {json.dumps(content)[:40]}; the rule is an object with a model_type.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +48,7 @@ def compare(
         dataset (`datasets.Dataset`): Pictures in the canonical schema of `drmm_hf.data.coco`.
         annotations (`str`, `Path` or `Mapping`): Their COCO json file, or what it holds.
         output_dir (`str` or `Path`): Folder to write `compare.json` to, and `metrics.json` and `detections.json` of
-            each detector into `model_1`, `model_2`, ...
+            each detector into a folder named after it, see `folder_name`.
         batch_size (`int`): Largest number of pictures in a batch; changes no figure.
         top_k (`int`): Number of predictions a picture.
         num_timed (`int`): Pictures to time the models on.
@@ -57,9 +58,9 @@ def compare(
         `dict`: `models`, by name `AP AP50 ECE ECE_0.1` (see `measure`), `NLL` (of the last stage, in pixels of the
         original picture; None without a density), `parameters`, `seconds` a picture (median), `speed` (how many times
         as fast as the first that was timed, median over pictures) and `speed_quartiles`; None for what was not run;
-        `threshold`, the score of the best F1 over all classes, and `folder`. `pictures`, those where the detectors
-        differ most first: `image_id`, `file_name`, and `errors`, by name what `picture_errors` finds at the detector's
-        own threshold.
+        `threshold`, the score of the best F1 over all classes, `input_size` and `folder`. `pictures`, those where the
+        detectors differ most first: `image_id`, `file_name`, and `errors`, by name what `picture_errors` finds at the
+        detector's own threshold.
 
     Raises:
         ValueError: What `evaluate` and `measure` raise; before the work if a model has other classes.
@@ -75,13 +76,14 @@ def compare(
     models: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     for number, (name, detector) in enumerate(detectors.items(), start=1):
-        folder, nll, parameters = output_dir / f"model_{number}", None, None
+        folder, nll, parameters, size = output_dir / folder_name(number, name), None, None, None
         if isinstance(detector, Detections):
             metrics: Any = measure(detector, annotations, mapping, folder, top_k=top_k)
         else:
             options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
             metrics = evaluate(*detector, dataset, annotations, folder, top_k=top_k, **options)
             parameters = sum(parameter.numel() for parameter in detector[0].parameters())
+            size = input_size(detector[1])
             if has_density(detector[0].config):
                 found = likelihoods(*detector, dataset, annotations, **options)
                 nll = float((found.nll[-1] - found.log_scales).mean())
@@ -90,7 +92,8 @@ def compare(
         threshold = 1.0 if curves is None or curves["best_threshold"] is None else curves["best_threshold"]
         errors[name] = picture_errors(annotations, entries, threshold, top_k)
         models[name] = {figure: metrics[figure] for figure in _FIGURES}
-        models[name] |= {"NLL": nll, "threshold": threshold, "parameters": parameters, "folder": folder.name}
+        models[name] |= {"NLL": nll, "threshold": threshold, "parameters": parameters, "input_size": size}
+        models[name]["folder"] = folder.name
         models[name] |= dict.fromkeys(("seconds", "speed", "speed_quartiles"))
 
     timed = {name: detector for name, detector in detectors.items() if not isinstance(detector, Detections)}
@@ -108,6 +111,33 @@ def compare(
         for one in largest_differences(list(errors.values()))
     ]
     return write_json({"models": models, "pictures": pictures}, output_dir / "compare.json")
+
+
+def folder_name(number: int, name: str) -> str:
+    """Return the name of a detector's folder: its place in the order, then its name as far as file systems take it.
+
+    Args:
+        number (`int`): Its place, from 1.
+        name (`str`): Such as "runs/mine/best".
+
+    Returns:
+        `str`: Such as "1_runs_mine_best"; the end of a long name.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")
+    return f"{number}_{plain[-60:]}"
+
+
+def input_size(processor: Any) -> dict[str, int] | None:
+    """Return the size to which an image processor brings pictures.
+
+    Args:
+        processor (`Any`): With a `size`, as transformers' have it.
+
+    Returns:
+        `dict` or None: Pixels of `shortest_edge` and `longest_edge`, or `height` and `width`; None if it says neither.
+    """
+    size = dict(getattr(processor, "size", None) or {})
+    return {name: value for name, value in size.items() if value is not None} or None
 
 
 def picture_errors(

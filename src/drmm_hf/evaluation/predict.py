@@ -5,12 +5,17 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import FileMetadataError
+from huggingface_hub.utils import HFValidationError, httpx
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -41,18 +46,20 @@ def load_detector(
 
     Raises:
         ValueError: If there is no detector of this name, if its weights are damaged or incomplete (transformers would
-            fill the gaps with random numbers), if it has not one saved threshold a class, or if there is no such
-            device.
+            fill the gaps with random numbers), if the settings of its image processor are damaged, if it has not one
+            saved threshold a class, or if there is no such device.
     """
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+    check_reachable(name)
     try:
         model, report = AutoModelForObjectDetection.from_pretrained(
             name, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True
         )
-        processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"model is {name!r}, which is no detector in a folder or on the Hub: {error}") from error
+    with readable_settings(name):
+        processor = AutoImageProcessor.from_pretrained(name)
     lacking = [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]
     lacking = [key for key in lacking if not key.endswith("num_batches_tracked")]  # counts for training alone
     if lacking:
@@ -71,6 +78,50 @@ def load_detector(
         return model.to(device).eval(), processor
     except RuntimeError as error:
         raise ValueError(f"device is {str(device)!r}, which cannot be used: {error}") from error
+
+
+def check_reachable(name: str) -> None:
+    """Ask the Hub once for a model that is not in its cache: a download would ask for half a minute.
+
+    Args:
+        name (`str`): Folder or Hub id; of a folder nothing is asked.
+
+    Raises:
+        ValueError: If there is no connection. What the Hub answers is left to the download.
+    """
+    if constants.HF_HUB_OFFLINE or Path(name).is_dir():
+        return
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ValueError(
+            f"model is {name!r}, which is no folder here, and the Hub cannot be reached: {error}"
+        ) from error
+    except (httpx.HTTPError, FileMetadataError, HFValidationError):
+        return
+
+
+@contextmanager
+def readable_settings(name: str, argument: str = "model") -> Iterator[None]:
+    """Turn what transformers raises over the settings of an image processor into an error that names their file.
+
+    Args:
+        name (`str`): Folder or Hub id of the model.
+        argument (`str`): Its name in the message.
+
+    Raises:
+        ValueError: Instead of any other error that such a file can cause.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument} is {name!r}, whose preprocessor_config.json cannot be used: {error}") from error
+    except (AttributeError, TypeError, LookupError) as error:  # transformers takes any json for settings
+        raise ValueError(
+            f"{argument} is {name!r}, whose preprocessor_config.json does not hold the settings of an image "
+            f"processor: {error}"
+        ) from error
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,6 +67,7 @@ def export_detector(
     dtype: str = "float32",
     int8: bool = False,
     post_process: bool = False,
+    say: Callable[[str], None] = lambda words: None,
 ) -> dict[str, Any]:
     """Export a detector and compare it with the model in torch.
 
@@ -79,6 +81,7 @@ def export_detector(
         dtype (`str`): Type of the weights; pictures and predictions are float32 all the same.
         int8 (`bool`): Give linear layers weights of 8 bits.
         post_process (`bool`): Let the graph end in the 100 best detections.
+        say (`Callable`): Called with what is done, before each part of the work.
 
     Returns:
         `dict`: What `export.json` says: format, inputs, outputs, versions, and under `parity` the differences to the
@@ -92,11 +95,13 @@ def export_detector(
     with new_folder(output) as folder:
         about = {"format": form, "dtype": dtype, "int8": int8, "post_process": post_process}
         graph = DetectionGraph(_in_dtype(model, getattr(torch, dtype)), processor if post_process else None)
+        say("tracing the model")
         program = trace(graph, "sdpa" if form == "torch" else "eager")
         about["inputs"] = ["pixel_values", "pixel_mask", *(["target_sizes"] if post_process else [])]
         outputs = program.call_spec.out_spec
         about["outputs"] = list(outputs.unflatten(range(outputs.num_leaves)))
         about["versions"] = {name: version(name) for name in ("torch", "transformers", *_PACKAGES.get(form, ()))}
+        say(f"writing {form}")
         if form == "torch":
             torch.export.save(program, folder / FILES[form])
         else:
@@ -110,6 +115,7 @@ def export_detector(
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_json(about, folder / "export.json")
+        say("comparing with the model")
         about["parity"] = compare_with_eager(model, processor, ExportedDetector(folder))
         write_json(about, folder / "export.json")
     return about

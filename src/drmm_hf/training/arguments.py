@@ -99,7 +99,7 @@ class DataArguments:
             value = getattr(self, name)
             check(self, "data", name, value is None or value >= 1, "must be at least 1")
         check(self, "data", "holdout", self.holdout is None or 0 < self.holdout < 1, "must lie between 0 and 1")
-        check(self, "data", "num_workers", self.num_workers >= 0, "must not be negative")
+        check(self, "data", "num_workers", 0 <= self.num_workers <= 1024, "must lie between 0 and 1024")
         check(
             self,
             "data",

@@ -26,6 +26,7 @@ from ..data.loading import DetectionDataset, data_loader
 from ..data.problems import Problems
 from ..data.stream import StreamLoader
 from ..evaluation.coco_metrics import ground_truth, load_annotations
+from ..evaluation.predict import readable_settings
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
@@ -163,7 +164,8 @@ def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetec
             print(f"starts afresh: {len(missing)} tensors that {training.init_from} does not have, as {missing[0]}")
         # What was fitted to the predictions of those weights does not hold for others.
         fresh = {"calibration": None, "score_threshold": None}
-        processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size, **fresh)
+        with readable_settings(training.init_from, "init_from"):
+            processor = DrmmImageProcessor.from_pretrained(training.init_from, size=size, **fresh)
     if training.backbone_weights not in (None, "none"):
         from ..conversion.backbone_weights import load_backbone_weights
 

@@ -36,7 +36,7 @@ from .build import build_model, load_split, training_loader
 from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, save_model
 from .ema import averaged_model
 from .epochs import Epochs
-from .manifest import add_to_manifest, data_fingerprint
+from .manifest import add_to_manifest, data_changes, data_fingerprint, read_manifest
 from .optimizer import build_optimizer, schedule_factor, set_learning_rate
 from .presets import describe
 from .run_log import Clock, Log
@@ -110,6 +110,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     accelerator.print(f"{num_train or 'a stream of'} training and {len(val_set)} validation pictures\n{classes}")
 
     model, processor = build_model(recipe, label_map)
+    if checkpoint is not None:
+        check_model(output_dir, DrmmConfig.from_pretrained(checkpoint), model.config)
     category_of_label(model.config, annotations["categories"])  # the two splits name the same classes
     if accelerator.num_processes > 1 and model.config.backbone_norm == "train":
         model = synchronize_batch_norms(accelerator, model)
@@ -134,13 +136,24 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     loader = accelerator.prepare(training_loader(train_set, label_map, processor, recipe, problems))
     kept_model = whole_model if average is None else average.module  # what is evaluated and saved
 
-    progress, lost = Progress(), []
+    progress, lost, data, changed = Progress(), [], {}, {}
+    if accelerator.is_main_process:
+        data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
     accelerator.register_for_checkpointing(progress, *([] if average is None else [average]))
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
         gather_weights(bare_model, whole_model)
         accelerator.print(f"resuming {checkpoint} at step {progress.step}", *changes, sep="\n")
-        lost = forget_lost_best(accelerator, output_dir, progress)
+        if accelerator.is_main_process:
+            changed = data_changes(read_manifest(output_dir / "manifest.json"), progress.step, data)
+        (changed,) = broadcast_object_list([changed])
+        if "train" in changed and progress.step_in_epoch:
+            changed["train"] += (
+                f"; step {progress.step_in_epoch + 1} of the epoch in progress has other pictures than it would have "
+                "had, and so have those after it"
+            )
+        accelerator.print(*changed.values(), sep="\n", end="\n" * bool(changed))
+        lost = forget_lost_best(accelerator, output_dir, progress, "val" in changed)
     elif training.resume:
         accelerator.print(f"nothing to resume in {output_dir}: starting")
     clock = Clock(accelerator, progress, training)
@@ -152,21 +165,20 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     accelerator.print(describe_length(training, epochs.steps, total_steps))
     if accelerator.is_main_process:
         recipe.save(output_dir / "recipe.yaml")
-        data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
         add_to_manifest(
             output_dir / "manifest.json", step=progress.step, data=data, processes=accelerator.num_processes
         )
     # DeepSpeed has stepped before we see the gradient: the first one that is not finite ends the run.
     max_skipped = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else training.max_skipped_steps
     log = Log(accelerator, output_dir, progress, total_steps, max_skipped, training.max_minutes)
-    raw_model = None if average is None else whole_model
+    raw_model, is_told = None if average is None else whole_model, False
     save = partial(
         save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
     )
 
     def evaluate() -> None:
         """Measure the weights that were just saved, unless an earlier part of the run did; keep the best."""
-        metrics = logged = log.evaluation_at(progress.step)
+        metrics = logged = None if "val" in changed else log.evaluation_at(progress.step)
         is_new = logged is None or bool(lost)
         if is_new:
             metrics, detections = evaluate_model(accelerator, kept_model, processor, val_set, annotations, training)
@@ -224,6 +236,9 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                     progress.step_in_epoch = 0
                 clock.read()
                 log.add(batches, terms, norm)
+                if not is_told and clock.expected_steps() < min(training.warmup_steps, total_steps):
+                    accelerator.print(describe_slow_run(training, clock.expected_steps()))
+                    is_told = True
                 stops, ends_run = stop.came(), is_over()
                 saves = ends_run or stops or ends_epoch or progress.step % (training.save_every_steps or math.inf) == 0
                 progress.evaluation_due = ends_run or (
@@ -295,10 +310,7 @@ def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list
         return []
     stored = load_recipe(output_dir / "recipe.yaml")
     for name, before, now in changed_fields(stored.model, recipe.model):
-        raise ValueError(
-            f"output_dir {str(output_dir)!r} holds a run of another model: {name} was {before!r} and is {now!r}; "
-            "name another folder"
-        )
+        raise _other_model(output_dir, name, before, now)
     lines = []
     for section in ("data", "training"):
         for name, before, now in changed_fields(vars(getattr(stored, section)), vars(getattr(recipe, section))):
@@ -311,24 +323,51 @@ def check_run(output_dir: Path, recipe: Recipe, checkpoint: Path | None) -> list
     return lines
 
 
-def forget_lost_best(accelerator: Accelerator, output_dir: Path, progress: Progress) -> list[str]:
-    """Let the checkpoint that a run goes on from be evaluated in place of its best one, if that was deleted.
+def check_model(output_dir: Path, before: DrmmConfig, now: DrmmConfig) -> None:
+    """Check that a model is the one whose weights are to be loaded; names of classes may differ.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+        before (`DrmmConfig`): Of the checkpoint.
+        now (`DrmmConfig`): Of the model.
+
+    Raises:
+        ValueError: If any other field differs.
+    """
+    names = ("id2label", "label2id", "transformers_version", "architectures", "dtype")
+    fields = [{name: value for name, value in one.to_dict().items() if name not in names} for one in (before, now)]
+    for name, was, is_now in changed_fields(*fields):
+        raise _other_model(output_dir, name, was, is_now)
+
+
+def _other_model(output_dir: Path, name: str, before: Any, now: Any) -> ValueError:
+    return ValueError(
+        f"output_dir {str(output_dir)!r} holds a run of another model: {name} was {before!r} and is {now!r}; "
+        "name another folder"
+    )
+
+
+def forget_lost_best(
+    accelerator: Accelerator, output_dir: Path, progress: Progress, other_data: bool = False
+) -> list[str]:
+    """Let the checkpoint that a run goes on from be evaluated in place of its best one, if that no longer counts.
 
     Args:
         accelerator (`Accelerator`): With several processes, all call this; the first one looks.
         output_dir (`Path`): Folder of the run.
-        progress (`Progress`): Where the run stands; changed if anything is missing.
+        progress (`Progress`): Where the run stands; changed if the best checkpoint or its figures are missing.
+        other_data (`bool`): Whether it was measured on other data than the run has now.
 
     Returns:
-        `list[str]`: What is missing of the best checkpoint and its figures.
+        `list[str]`: Why it is forgotten; empty if it is not.
     """
     lost = [name for name in ("best", "metrics.json", "detections.json") if not (output_dir / name).exists()]
+    lost = [f"missing of the best checkpoint (step {progress.best_step}): {', '.join(lost)}"] if lost else []
+    if other_data:
+        lost = [f"the best checkpoint (step {progress.best_step}) was measured on other validation data"]
     (lost,) = broadcast_object_list([lost if progress.best_step is not None else []])
     if lost:
-        accelerator.print(
-            f"missing of the best checkpoint (step {progress.best_step}): {', '.join(lost)}; that of step "
-            f"{progress.step} is evaluated in its place"
-        )
+        accelerator.print(f"{lost[0]}; that of step {progress.step} is evaluated in its place")
         progress.best_value, progress.best_step, progress.evaluation_due = None, None, True
     return lost
 
@@ -413,6 +452,22 @@ def describe_short_run(training: TrainingArguments, steps: int) -> str:
     return (
         f"warning: the run's {steps} steps end within the warm-up, warmup_steps {training.warmup_steps}: the learning "
         f"rate never reaches {training.learning_rate:g}; lower warmup_steps"
+    )
+
+
+def describe_slow_run(training: TrainingArguments, steps: float) -> str:
+    """Say that a run will end before its warm-up does, as soon as its pace is known.
+
+    Args:
+        training (`TrainingArguments`): Warm-up, learning rate and the bound in minutes.
+        steps (`float`): Optimiser steps that fit into it.
+
+    Returns:
+        `str`: A warning.
+    """
+    return (
+        f"warning: about {steps:.0f} steps fit into max_minutes {training.max_minutes:.3g}, fewer than warmup_steps "
+        f"{training.warmup_steps}: the learning rate will not reach {training.learning_rate:g}; lower warmup_steps"
     )
 
 

@@ -18,7 +18,7 @@ import datasets
 import pyarrow
 import torch
 
-from ..evaluation.files import write_text
+from ..evaluation.files import read_json, write_text
 
 
 PACKAGES = (
@@ -57,8 +57,66 @@ def add_to_manifest(path: str | Path, **entries: Any) -> None:
         },
         **entries,
     }
-    records = json.loads(path.read_text()) if path.is_file() else []
-    write_text(path, json.dumps([*records, record], indent=2) + "\n")
+    write_text(path, json.dumps([*read_manifest(path), record], indent=2) + "\n")
+
+
+def read_manifest(path: str | Path) -> list[dict[str, Any]]:
+    """Read the records of a run; a damaged file is moved to `<name>.damaged`, and a line says so.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        `list[dict]`: A record for each start; empty if there is no file, or a damaged one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    try:
+        records = read_json(path)
+    except ValueError:
+        records = None
+    if isinstance(records, list) and all(map(_is_record, records)):
+        return records
+    aside = path.with_name(path.name + ".damaged")
+    os.replace(path, aside)
+    print(f"warning: {path} is damaged: moved to {aside.name}; whether the data are those of before is not known")
+    return []
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    data = record.get("data", {})
+    return isinstance(data, dict) and all(isinstance(one, dict) and "sha256" in one for one in data.values())
+
+
+def data_changes(records: list[dict[str, Any]], step: int, data: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Compare the data of a run with those that it had when a checkpoint was saved.
+
+    Args:
+        records (`list[dict]`): From `read_manifest`.
+        step (`int`): Of the checkpoint. The last start before this step saved it; later ones may have saved nothing.
+        data (`dict`): `data_fingerprint` of each split now.
+
+    Returns:
+        `dict[str, str]`: For each split that changed, what it was and is.
+    """
+    starts = [record for record in records if record["step"] < step]
+    before = starts[-1].get("data", {}) if starts else {}
+    lines = {}
+    for split in data.keys() & before.keys():
+        if data[split]["sha256"] != before[split]["sha256"]:
+            was, now = _counts(before[split]), _counts(data[split])
+            words = f"{now} as before, with other names, sizes, boxes or classes"
+            lines[split] = f"{split} data changed: {words if was == now else f'{was} before, {now} now'}"
+    return lines
+
+
+def _counts(fingerprint: dict[str, Any]) -> str:
+    if "num_shards" in fingerprint:
+        return f"{fingerprint['num_shards']} shards"
+    return f"{fingerprint.get('num_images')} pictures with {fingerprint.get('num_objects')} objects"
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from ..conversion.model_source import find_source
 from ..data.coco import find_splits
+from ..evaluation.predict import readable_settings
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from .arguments import DataArguments, Recipe, make_recipe, parse_value
 from .build import load_split
@@ -101,13 +102,11 @@ def trained_size(source: str) -> tuple[int, int] | None:
         `tuple[int, int]`: Shortest and longest edge, pixels; None if it resizes in another way.
 
     Raises:
-        ValueError: If it has no image processor.
+        ValueError: If it has no image processor, or a damaged one.
     """
     source = find_source(source, "init_from")
-    try:
+    with readable_settings(source, "init_from"):
         size = DrmmImageProcessor.from_pretrained(source).size
-    except OSError as error:
-        raise ValueError(f"init_from is {source!r}, which has no image processor: {error}") from error
     return (size.shortest_edge, size.longest_edge) if size.shortest_edge and size.longest_edge else None
 
 

@@ -36,7 +36,7 @@ class Clock:
         self.accelerator = accelerator
         self.progress = progress
         self.limit = None if training.max_minutes is None else 60 * training.max_minutes
-        self.earlier = progress.seconds
+        self.earlier, self.first_step = progress.seconds, progress.step
         self.started = self.stopped = time.perf_counter()
 
     def read(self) -> None:
@@ -50,6 +50,17 @@ class Clock:
     def fraction(self) -> float:
         """Return the share of `max_minutes` that was used when the clock was last read."""
         return self.progress.seconds / self.limit
+
+    def expected_steps(self) -> float:
+        """Return how many steps fit into `max_minutes`, at the pace of this part of the run.
+
+        Returns:
+            `float`: Infinite without such a bound, and before 3 steps and a twentieth of the time have given a pace.
+        """
+        steps, seconds = self.progress.step - self.first_step, self.progress.seconds - self.earlier
+        if self.limit is None or steps < 3 or seconds < 0.05 * self.limit:
+            return math.inf
+        return self.progress.step + (self.limit - self.progress.seconds) / seconds * steps
 
     def is_over(self) -> bool:
         """Return whether `max_minutes` were used up when the clock was last read."""
@@ -68,6 +79,36 @@ def per_cent(metrics: Mapping[str, Any]) -> str:
     figures = {name: metrics.get(name) for name in ("AP", "AP50", "AP75", "ECE")}
     words = [f"{name} {100 * value:.2f}" for name, value in figures.items() if value is not None]
     return f"in per cent: {'  '.join(words)}"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's log.
+
+    Args:
+        path (`Path`): `log.jsonl`.
+
+    Returns:
+        `list[dict]`: Each line; a last one that a kill cut short is left out. Empty if there is no file.
+
+    Raises:
+        ValueError: If a line is not what a run writes; the message has file and number.
+    """
+    lines = []
+    content = path.read_bytes() if path.is_file() else b""
+    for number, text in enumerate(content.splitlines(keepends=True), start=1):
+        if not text.endswith(b"\n"):
+            break
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(
+                f"{path}, line {number}, is no line of a log, a json object with a whole number as step: "
+                f"{text[:60].decode(errors='replace').strip()!r}; mend it, or move the file away to go on without it"
+            )
+        lines.append(line)
+    return lines
 
 
 class Log:
@@ -91,6 +132,9 @@ class Log:
         total_steps (`float`): Steps of the whole run; infinite if time ends it.
         max_skipped_steps (`int`): Skipped steps in a row at which the run is stopped.
         max_minutes (`float`, *optional*): Bound of the run by the clock.
+
+    Raises:
+        ValueError: If the log of the folder is damaged; see `read_log`.
     """
 
     def __init__(
@@ -109,9 +153,8 @@ class Log:
         self.began_at, self.has_said = (progress.step, progress.seconds), False
         self.path = output_dir / "log.jsonl"
         if accelerator.is_main_process:
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= progress.step]
-            write_text(self.path, "".join(kept))
+            kept = [line for line in read_log(self.path) if line["step"] <= progress.step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         accelerator.init_trackers("drmm")
         self.bar = tqdm(
             total=None if math.isinf(total_steps) else total_steps,
@@ -212,7 +255,7 @@ class Log:
         """
         found = [None]
         if self.accelerator.is_main_process:
-            lines = (json.loads(line) for line in self.path.read_text().splitlines())
+            lines = read_log(self.path)
             found = [next((line for line in lines if line["step"] == step and "AP" in line), None)]
         return broadcast_object_list(found)[0]
 
@@ -247,7 +290,7 @@ class Log:
         if not self.accelerator.is_main_process:
             return
         lines, training = [], {}
-        for line in map(json.loads, self.path.read_text().splitlines()):
+        for line in read_log(self.path):
             if "AP" in line:
                 lines.append({**training, **line})
             else:

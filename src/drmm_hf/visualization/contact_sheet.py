@@ -70,15 +70,16 @@ def crop(
     return canvas
 
 
-def contact_sheet(cards: Sequence[Card], columns: int = 6) -> Image.Image:
+def contact_sheet(cards: Sequence[Card], columns: int = 6, annotated: bool = True) -> Image.Image:
     """Lay cards out in rows.
 
     Args:
         cards (`Sequence[Card]`): At least one.
         columns (`int`): Number of cards in a row.
+        annotated (`bool`): Whether there are annotated boxes on them.
 
     Returns:
-        `Image.Image`: One white sheet, with a line at its top that tells the two kinds of boxes apart.
+        `Image.Image`: One white sheet, with a line at its top that tells the kinds of boxes apart.
 
     Raises:
         ValueError: If there is no card.
@@ -93,7 +94,8 @@ def contact_sheet(cards: Sequence[Card], columns: int = 6) -> Image.Image:
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     left = gap
-    for name, shade, dashed in (("annotated", ANNOTATED, False), ("the model's", SUGGESTED, True)):
+    kinds = [("annotated", ANNOTATED, False), ("the model's", SUGGESTED, True)]
+    for name, shade, dashed in kinds if annotated else kinds[1:]:
         draw.rectangle([left, 8, left + 26, 26], fill="#5a606a")
         _rectangle(draw, [left + 4, 11, left + 22, 23], shade, dashed)
         draw.text((left + 34, 17), name, font=font, fill="#2b2f36", anchor="lm")
