@@ -1,5 +1,6 @@
 """Whoever predicts the parts, whenever and from whatever they are read: the same detections, each picture once."""
 
+import os
 import weakref
 from types import SimpleNamespace
 
@@ -149,6 +150,53 @@ def test_what_makes_other_detections_makes_another_fingerprint():
         fingerprint(Mean(), Processor(), rows_of("a"), images, {"top_k": 10}),
     ]
     assert len(same) == 1 and len({*same, *others}) == 10
+
+
+def file_rows(folder, count):
+    """Return rows of picture files, which hold noise so that their sizes differ."""
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        noise = np.random.default_rng(index).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    pictures = [{"path": str(folder / f"{index}.png"), "bytes": None} for index in range(count)]
+    features = datasets.Features({"image_id": datasets.Value("int64"), "image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_dict({"image_id": list(range(count)), "image": pictures}, features)
+
+
+CHANGES = [("rows", "size"), ("rows", "time"), ("stream", "size"), ("stream", "time"), ("bytes", "one bit")]
+
+
+@pytest.mark.parametrize(("form", "change"), CHANGES)
+def test_a_picture_of_other_content_under_the_same_name_is_another_picture(form, change, tmp_path):
+    """Even the last one. Of files, size and time are looked at; what is in memory is read."""
+    dataset, last = file_rows(tmp_path, 3), tmp_path / "2.png"
+
+    def digest():
+        rows = dataset.to_iterable_dataset(num_shards=2) if form == "stream" else dataset
+        if form == "bytes":
+            pictures = [{"path": None, "bytes": (tmp_path / f"{index}.png").read_bytes()} for index in range(3)]
+            rows = datasets.Dataset.from_dict({"image_id": [0, 1, 2], "image": pictures}, dataset.features)
+        return fingerprint(Mean(), Processor(), rows, [{"id": index} for index in range(3)], {})
+
+    before, content, time = digest(), last.read_bytes(), last.stat().st_mtime_ns
+    assert digest() == before
+    if change == "one bit":
+        last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        last.write_bytes(content + b"more" * (change == "size"))
+        os.utime(last, ns=(time, time + (change == "time")))
+    assert digest() != before
+
+
+def test_copies_of_the_pictures_on_other_machines_may_have_other_times(tmp_path, monkeypatch):
+    """Processes agree on the times that the main process sees, and on one folder."""
+    dataset, digests = file_rows(tmp_path, 3), set()
+    sent = []
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda objects: (sent.extend(objects), sent[:1])[1])
+    for rank in range(2):
+        digests.add(fingerprint(Mean(), Processor(), dataset, [], {}, process(rank, 2)))
+        os.utime(tmp_path / "1.png", ns=(0, rank))
+    assert len(digests) == 1 and len(sent) == 2
 
 
 def test_a_stream_is_never_held(tmp_path):

@@ -102,7 +102,7 @@ def predict_parts(
     if folder is not None:
         options = {"top_k": top_k, "batch_size": batch_size, "part_size": size}
         options["device"] = torch.device(device or next(model.parameters()).device).type
-        folder = Path(folder) / fingerprint(model, processor, dataset, images, options)
+        folder = Path(folder) / fingerprint(model, processor, dataset, images, options, processes)
         if rank == 0:
             _prepare(folder, progress)
         if processes is not None:
@@ -152,11 +152,14 @@ def fingerprint(
     dataset: Iterable[Mapping[str, Any]],
     images: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
+    processes: PartialState | None = None,
 ) -> str:
     """Return a digest of all that detections depend on.
 
-    Of the pictures, it sees COCO's records, their order and the path of each (of those without a file, the number of
-    bytes): pictures of the same names in another folder are other pictures. Of a stream, it sees the first one alone.
+    Of the pictures, it sees COCO's records, their order, path, size and time of the last change of each file, and the
+    bytes of what is in memory: pictures of the same names in another folder are other pictures. Of a stream that is
+    not of local files, as from the Hub, it sees the first picture alone: the others would have to be fetched. Of rows
+    that are no dataset, it sees nothing.
 
     Args:
         model (`torch.nn.Module`): Weights and config count.
@@ -164,6 +167,8 @@ def fingerprint(
         dataset (`Iterable[Mapping]`): The rows, undecoded.
         images (`Sequence[Mapping]`): COCO's records of the pictures.
         options (`Mapping`): What else counts, for json.
+        processes (`accelerate.PartialState`, *optional*): Those that all call this. The main one tells the others the
+            times that it sees, as copies of the pictures on several machines may have several.
 
     Returns:
         `str`: 16 hexadecimal digits.
@@ -184,15 +189,40 @@ def fingerprint(
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    stamps = []
+    for path, content in _pictures(dataset):
+        digest.update(f"{path} {None if content is None else len(content)}".encode())
+        digest.update(b"" if content is None else content)
+        stamps.append(_stamp(path) if content is None else None)
+    if processes is not None:
+        from accelerate.utils import broadcast_object_list
+
+        stamps = broadcast_object_list([stamps])[0]
+    digest.update(json.dumps(stamps).encode())
+    return digest.hexdigest()
+
+
+def _pictures(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str | None, Any]]:
+    """Yield path and bytes of each picture of a dataset, one of them None; of a stream, as long as they are files."""
     if isinstance(dataset, datasets.Dataset):
         for table in dataset.select_columns(["image"]).with_format("arrow").iter(1000):
             paths, contents = (pc.struct_field(table["image"], name) for name in ("path", "bytes"))
-            digest.update(json.dumps([paths.to_pylist(), pc.binary_length(contents).to_pylist()]).encode())
+            yield from zip(paths.to_pylist(), (content.as_buffer() for content in contents), strict=True)
     elif isinstance(dataset, datasets.IterableDataset):
-        for row in dataset.take(1):
+        for row in dataset.select_columns(["image"]):
             path, content = row["image"]["path"], row["image"]["bytes"]
-            digest.update(content if content is not None else str(path).encode())
-    return digest.hexdigest()
+            yield path, content
+            if content is not None or _stamp(path) is None:
+                return
+
+
+def _stamp(path: str | None) -> list[int] | None:
+    """Return size and time of the last change of a file; None for what is none here, such as a file on the Hub."""
+    try:
+        status = os.stat(path)
+    except (OSError, TypeError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def remove_parts(folder: str | Path, keep: str | None = None) -> list[Path]:
