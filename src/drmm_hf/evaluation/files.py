@@ -68,6 +68,27 @@ def write_json(content: Content, path: str | Path) -> Content:
     return content
 
 
+def make_folder(path: str | Path, name: str = "folder") -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Args:
+        path (`str` or `Path`): The folder.
+        name (`str`): What it is called in the message, such as the argument that names it.
+
+    Raises:
+        ValueError: If something else is there.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        taken = next(place for place in (path, *path.parents) if place.is_symlink() or place.exists())
+        what = "a file" if taken.exists() else "a link to nothing"
+        raise ValueError(
+            f"{name} is {str(path)!r}, but {taken} is {what}; the rule is a folder, or a name that is free."
+        ) from None
+
+
 @contextmanager
 def run_lock(processes: Accelerator | PartialState | None, output_dir: str | Path) -> Iterator[None]:
     """Keep other runs out of a folder while the context lasts.
