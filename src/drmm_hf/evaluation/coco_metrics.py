@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,8 @@ from .files import read_json
 if TYPE_CHECKING:
     import datasets
     from pycocotools.cocoeval import COCOeval
+
+logger = logging.getLogger(__name__)
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -45,13 +48,14 @@ def ground_truth(dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return annotations in COCO's form.
+    """Return annotations in COCO's form, those of pictures and categories that it lists: COCO's figures see no others.
 
     Args:
-        source (`str`, `Path` or `Mapping`): A COCO json file, or what it holds.
+        source (`str`, `Path` or `Mapping`): A COCO json file, or what it holds. Of a file, what is left out is counted
+            in a warning.
 
     Returns:
-        `Mapping`: With `images`, `annotations` and `categories`.
+        `Mapping`: With `images`, `annotations` and `categories`; the argument itself if nothing is left out.
 
     Raises:
         ValueError: If one of the three is missing.
@@ -61,7 +65,15 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
     if missing:
         name = "annotations" if isinstance(source, Mapping) else str(source)
         raise ValueError(f"{name} has no {', '.join(sorted(missing))}; a COCO file has all three.")
-    return content
+    images, known = ({record["id"] for record in content[name]} for name in ("images", "categories"))
+    records = content["annotations"]
+    kept = [record for record in records if record["image_id"] in images and record["category_id"] in known]
+    if len(kept) == len(records):
+        return content
+    if content is not source:
+        lost = f"{len(records) - len(kept)} of {len(records)} annotations"
+        logger.warning("%s: %s are of pictures or categories that it does not list, and left out", source, lost)
+    return {**content, "annotations": kept}
 
 
 class Columns(NamedTuple):
@@ -317,7 +329,6 @@ def run_hotcoco(content: Mapping[str, Any], detections: Sequence[Mapping[str, An
         "annotations": [
             {"image_id": places[record["image_id"]]} | {name: record[name] for name in fields}
             for record in _annotation_records(content)
-            if record["image_id"] in places
         ],
         "categories": [{"id": record["id"], "name": record["name"]} for record in content["categories"]],
     }
