@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -294,3 +295,39 @@ def test_a_file_says_how_many_are_left_out(scene, tmp_path, caplog):
     assert (
         f"{path}: 1 of 1 annotations are of pictures or categories that it does not list, and left out" in caplog.text
     )
+
+
+NAN = float("nan")
+BAD = [
+    ("annotations", {"bbox": [NAN, 1, 2, 3]}, "bbox is [nan, 1, 2, 3], must be 4 finite numbers below 2**63"),
+    ("annotations", {"bbox": ["a", 1, 2, 3]}, "bbox is ['a', 1, 2, 3], must be 4 finite numbers below 2**63"),
+    ("annotations", {"bbox": [1, 2]}, "bbox is [1, 2], must be 4 finite numbers below 2**63"),
+    ("annotations", {"bbox": None}, "bbox is None, must be 4 finite numbers below 2**63"),
+    ("annotations", {"area": NAN}, "area is nan, must be a finite number of at least 0"),
+    ("annotations", {"iscrowd": "yes"}, "iscrowd is 'yes', must be 0 or 1"),
+    ("annotations", {"image_id": "5"}, "image_id is '5', must be an integer"),
+    ("annotations", {"category_id": None}, "category_id is None, must be an integer"),
+    ("images", {"id": "5"}, "id is '5', must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("section", "change", "said"), BAD)
+def test_what_is_no_number_in_a_file_is_named(scene, tmp_path, section, change, said):
+    truth, _ = scene(7)
+    path = tmp_path / "instances.json"
+    truth[section][1] |= change
+    path.write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {section}[1] (id {truth[section][1]['id']!r}): {said}")):
+        load_annotations(path)
+
+
+def test_sections_of_a_file_are_lists_of_objects(scene, tmp_path):
+    truth, _ = scene(7)
+    path = tmp_path / "instances.json"
+    for change, said in (
+        ({"annotations": None}, "no list 'annotations'"),
+        ({"images": [7]}, "images[0]: 7 must be an"),
+    ):
+        path.write_text(json.dumps(truth | change))
+        with pytest.raises(ValueError, match=re.escape(said)):
+            load_annotations(path)

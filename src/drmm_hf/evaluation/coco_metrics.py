@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from drmm_hf.data.coco import categories
+from drmm_hf.data.canonical import Records, area_and_crowd, categories, finite_box, integer
 
 from .files import read_json
 
@@ -58,13 +58,16 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
         `Mapping`: With `images`, `annotations` and `categories`; the argument itself if nothing is left out.
 
     Raises:
-        ValueError: If one of the three is missing.
+        ValueError: If one of the three is missing; or if a file has an id, a box, an area or a crowd flag that is no
+            number, named with its place. What training data need beyond that does not matter here.
     """
     content = source if isinstance(source, Mapping) else read_json(source)
     missing = {"images", "annotations", "categories"} - set(content if isinstance(content, Mapping) else ())
     if missing:
         name = "annotations" if isinstance(source, Mapping) else str(source)
         raise ValueError(f"{name} has no {', '.join(sorted(missing))}; a COCO file has all three.")
+    if content is not source:
+        _check_records(content, source)
     images, known = ({record["id"] for record in content[name]} for name in ("images", "categories"))
     records = content["annotations"]
     kept = [record for record in records if record["image_id"] in images and record["category_id"] in known]
@@ -74,6 +77,24 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
         lost = f"{len(records) - len(kept)} of {len(records)} annotations"
         logger.warning("%s: %s are of pictures or categories that it does not list, and left out", source, lost)
     return {**content, "annotations": kept}
+
+
+def _check_records(content: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse records of a file that no figure can be computed with."""
+    records = Records(str(source), *(content[name] for name in ("images", "annotations", "categories")))
+    sections = {"images": ["id"], "categories": ["id"], "annotations": ["image_id", "category_id"]}
+    for section, fields in sections.items():
+        if not isinstance(content[section], list):
+            raise ValueError(f"{source} has no list {section!r}; a COCO file has images, annotations and categories.")
+        for position, record in enumerate(content[section]):
+            try:
+                for field in fields:
+                    integer(record, field)
+                if section == "annotations":
+                    finite_box(record)
+                    area_and_crowd(record)
+            except ValueError as error:
+                raise ValueError(f"{records.where(section, position)}: {error}") from None
 
 
 class Columns(NamedTuple):
