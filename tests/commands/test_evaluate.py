@@ -508,3 +508,43 @@ def test_one_evaluation_at_a_time_writes_a_folder(coco_folder, results, tmp_path
     command = ["evaluate", str(coco_folder), "--detections", str(results), "--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert "is in use by another run: name another folder" in capsys.readouterr().err
+
+
+def without_size(record):
+    del record["width"], record["height"]
+
+
+def turned(record):
+    record["width"], record["height"] = record["height"], record["width"]
+
+
+WRONG_PICTURES = {
+    "text": (lambda record: record.update(id=str(record["id"])), "images[0] (id '0'): id is '0', must be an integer"),
+    "no size": (without_size, "records that break their format: 3, such as {file}: images[0] (id 0): width is None"),
+    "turned": (turned, "pictures of another size than their annotations say: 3, such as 0.png (image 0): 60 x 80"),
+    "one id": (lambda record: record.update(id=0), "image ids that two pictures claim: 2, such as {file}: images[1]"),
+    "outside": (
+        lambda record: record.update(file_name=f"../val/{record['file_name']}"),
+        "file names that leave the data folder: 3, such as {file}: images[0] (id 0): file_name '../val/0.png' leaves",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("kind", WRONG_PICTURES)
+def test_why_pictures_are_left_out_is_said_before_the_work(
+    kind, streaming, drmm_folder, coco_folder, tmp_path, capsys, monkeypatch
+):
+    data = shutil.copytree(coco_folder, tmp_path / "data")
+    file = data / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    change, said = WRONG_PICTURES[kind]
+    for record in content["images"]:
+        change(record)
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr("drmm_hf.evaluation.evaluate.predict_parts", None)
+    command = ["evaluate", str(drmm_folder), str(data), "--output", str(tmp_path / "out")]
+    assert main(command + ["--streaming"] * streaming) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("drmm evaluate: ") and said.format(file=file) in line
+    assert not (tmp_path / "out").exists()

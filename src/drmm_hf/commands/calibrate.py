@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             f"model is a {model.config.model_type!r}, whose processor takes no calibration; D-RMM's does."
         )
     mapping = category_of_label(model.config, annotations["categories"])
-    check_images(annotations, dataset["image_id"])
+    check_images(annotations, dataset)
     processor.calibration = None  # a second calibration replaces the first one
     label_map = LabelMap.from_categories(annotations["categories"])
     detections = predict(model, processor, dataset, args.batch_size)

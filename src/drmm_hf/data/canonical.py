@@ -113,9 +113,13 @@ def left_out(dataset: Dataset) -> dict[str, dict[str, Any]]:
         dataset (`Dataset`): A dataset of this package.
 
     Returns:
-        `dict[str, dict]`: Kind of problem -> `count` and the `first` few messages; empty if nothing was left out.
+        `dict[str, dict]`: Kind of problem -> `count` and the `first` few messages; empty if nothing was left out, or
+        if the dataset is of another package.
     """
-    return json.loads(dataset.info.description or "{}").get("left_out", {})
+    try:
+        return json.loads(dataset.info.description)["left_out"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return {}
 
 
 def canonical_dataset(rows: Iterable[Mapping[str, Any]], categories: Iterable[Mapping[str, Any]]) -> Dataset:

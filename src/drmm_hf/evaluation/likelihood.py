@@ -186,7 +186,7 @@ def annotated_mixtures(
         ValueError: If the classes of the model or the pictures are not those of the annotations, or these hold no
             object.
     """
-    check_images(annotations, dataset["image_id"])
+    check_images(annotations, dataset)
     mapping = category_of_label(model.config, annotations["categories"])
     labels = {category_id: label for label, category_id in mapping.items()}
     records = annotations["annotations"]
