@@ -548,3 +548,18 @@ def test_why_pictures_are_left_out_is_said_before_the_work(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("drmm evaluate: ") and said.format(file=file) in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("place", "said"), [("file", "a file"), ("link", "a link to nothing")])
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_an_output_that_is_no_folder_is_named(command, place, said, coco_folder, results, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    arguments = {
+        "evaluate": ["evaluate", str(coco_folder), "--detections", str(results)],
+        "train": ["train", "scripts/recipes/quickstart_generated.yaml"],
+    }[command]
+    assert main([*arguments, "--output", str(tmp_path / place)]) == 2
+    taken = tmp_path / place
+    message = f"drmm {command}: output_dir is '{taken}', but {taken} is {said}; the rule is a folder, or a name that"
+    assert message in capsys.readouterr().err

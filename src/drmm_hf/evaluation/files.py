@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,20 +102,30 @@ def run_lock(processes: Accelerator | PartialState | None, output_dir: str | Pat
         output_dir (`str` or `Path`): Folder of the run, made if it does not exist.
 
     Raises:
-        ValueError: If another run holds the lock, in every process; the message has its process id and host.
+        ValueError: If another run holds the lock, or no folder can be there, in every process; the message says
+            which process it is, on which host, or what is in the way.
     """
-    message, output_dir = None, Path(output_dir)
+    message, file, output_dir = None, None, Path(output_dir)
     was_there = output_dir.exists()
-    with _lock_file(output_dir) if processes is None or processes.is_main_process else nullcontext() as file:
-        if file is not None and not _lock(file):
-            file.seek(0)
-            message = f"output_dir {str(output_dir)!r} is in use by {file.read().strip() or 'another run'}"
+    with ExitStack() as stack:
+        if processes is None or processes.is_main_process:
+            try:
+                make_folder(output_dir, "output_dir")
+            except ValueError as error:
+                message = str(error)
+            else:
+                file = stack.enter_context((output_dir / "run.lock").open("a+"))
+                if not _lock(file):
+                    file.seek(0)
+                    holder = file.read().strip() or "another run"
+                    message = f"output_dir {str(output_dir)!r} is in use by {holder}: "
+                    message += "name another folder, or end that run first"
         if processes is not None:
             from accelerate.utils import broadcast_object_list
 
             message = broadcast_object_list([message])[0]
         if message is not None:
-            raise ValueError(f"{message}: name another folder, or end that run first")
+            raise ValueError(message)
         try:
             yield
         finally:
@@ -124,11 +134,6 @@ def run_lock(processes: Accelerator | PartialState | None, output_dir: str | Pat
                 (output_dir / "run.lock").unlink()
                 if not was_there:
                     output_dir.rmdir()
-
-
-def _lock_file(output_dir: Path):
-    output_dir.mkdir(parents=True, exist_ok=True)
-    return (output_dir / "run.lock").open("a+")
 
 
 def _lock(file) -> bool:
