@@ -1,8 +1,12 @@
 """`drmm evaluate`, from the command line to its files."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -548,6 +552,39 @@ def test_why_pictures_are_left_out_is_said_before_the_work(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("drmm evaluate: ") and said.format(file=file) in line
     assert not (tmp_path / "out").exists()
+
+
+NO_ROOM = {
+    "a part": ("numpy.savez", "parts/[0-9a-f]{16}/000000.npz"),
+    "detections.json": ("drmm_hf.evaluation.output_folder.write_json", ""),
+    "a report": ("pathlib.Path.write_text", "breakdown.json"),
+    "a picture": ("PIL.Image.Image.save", ""),
+    "a figure": ("matplotlib.figure.Figure.savefig", ""),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ROOM)
+def test_a_full_disk_is_named(kind, drmm_folder, coco_folder, tmp_path, capsys, monkeypatch):
+    """The system names no file. What is there is whole, and a repeated call goes on."""
+
+    write = Path.write_text
+
+    def refuse(*arguments, **options):
+        if kind == "a report" and "breakdown" not in str(arguments[0]):
+            return write(*arguments, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "out"
+    command = ["evaluate", str(drmm_folder), str(coco_folder), "--breakdown", "--output", str(output)]
+    function, place = NO_ROOM[kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(function, refuse)
+        assert main(command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    rule = "cannot be written: No space left on device; make room there or write elsewhere, and repeat the call"
+    assert re.match(f"drmm evaluate: '{output}/?{place}' {rule}", said)
+    assert not [path for path in output.rglob("*") if path.suffix == ".partial" or path.name.startswith("tmp")]
+    assert main(command) == 0 and (output / "breakdown.json").is_file()
 
 
 @pytest.mark.parametrize(("place", "said"), [("file", "a file"), ("link", "a link to nothing")])

@@ -7,8 +7,9 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 Content = TypeVar("Content")
+
+# No room on the disk, none for this user, none for this process.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_json(path: str | Path) -> Any:
@@ -38,20 +42,78 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not valid json: {error}") from None
 
 
+@contextmanager
+def naming_full_disk(path: str | Path) -> Iterator[None]:
+    """Say what a full disk has no room for, and what to do: this error of the system, unlike others, names no file.
+
+    Args:
+        path (`str` or `Path`): The file or folder that is written while the context lasts.
+
+    Raises:
+        OSError: If its disk or the share of the user is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(
+            f"{str(path)!r} cannot be written: {error.strerror}; make room there or write elsewhere, and repeat the "
+            "call. What was written before is whole."
+        ) from error
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Write a file aside and rename it when it is whole: a kill or a full disk leaves the earlier one.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Yields:
+        `Path`: Where to write it, `<path>.partial`.
+
+    Raises:
+        OSError: As `naming_full_disk`.
+    """
+    partial_file = Path(path).with_name(Path(path).name + ".partial")
+    try:
+        with naming_full_disk(path):
+            yield partial_file
+            os.replace(partial_file, path)
+    except BaseException:
+        partial_file.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_files(folder: str | Path) -> Iterator[Path]:
+    """Write files aside and move them into a folder when all are whole, as pictures that others' code draws.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+
+    Yields:
+        `Path`: Where to write them, a folder inside.
+
+    Raises:
+        OSError: As `naming_full_disk`.
+    """
+    with naming_full_disk(folder), TemporaryDirectory(dir=folder) as aside:
+        yield Path(aside)
+        for path in Path(aside).iterdir():
+            os.replace(path, Path(folder) / path.name)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a small file that is always whole: aside, then renamed. A kill or a full disk leaves the earlier one.
+    """Write a small file that is always whole, see `whole_file`.
 
     Args:
         path (`str` or `Path`): The file.
         text (`str`): Its contents.
     """
-    partial_file = Path(path).with_name(Path(path).name + ".partial")
-    try:
+    with whole_file(path) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
-        os.replace(partial_file, path)
-    except OSError:
-        partial_file.unlink(missing_ok=True)
-        raise
 
 
 def write_json(content: Content, path: str | Path) -> Content:
@@ -147,7 +209,7 @@ def _lock(file) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with suppress(OSError):  # on a full disk, nobody is told who holds it
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return True

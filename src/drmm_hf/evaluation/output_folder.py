@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .files import read_json, write_json
+from .files import naming_full_disk, read_json, write_json
 
 
 # What an evaluation may write beside its figures: reports, then their pictures.
@@ -59,7 +59,7 @@ def write_figures(metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output_dir) as aside:
+    with naming_full_disk(output_dir), TemporaryDirectory(dir=output_dir) as aside:
         (Path(aside) / "detections.json").write_text(json.dumps(entries, allow_nan=False))
         write_json(metrics, Path(aside) / "metrics.json")
         if not holds_figures(output_dir, metrics, entries):  # a full disk would have been noticed by now

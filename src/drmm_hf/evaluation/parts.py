@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from .detections import Detections
-from .files import make_folder
+from .files import make_folder, whole_file
 from .predict import predict
 
 
@@ -246,7 +246,7 @@ def remove_parts(folder: str | Path, keep: str | None = None) -> list[Path]:
     runs = [run for run in runs if run.is_dir()]
     for run in runs:
         for file in run.iterdir():
-            if re.fullmatch(r"\d{6,}\.(npz|partial)", file.name):
+            if re.fullmatch(r"\d{6,}\.npz(\.partial)?", file.name):
                 file.unlink()
     for place in (*runs, folder):
         if place.is_dir() and not any(place.iterdir()):
@@ -283,11 +283,10 @@ def _files(folder: Path) -> dict[int, Path]:
 def _write(part: Detections, path: Path) -> None:
     """Write a part that is whole or not there at all, and says which part of which run it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(".partial")
-    part.save_arrays(partial_file)
-    with ZipFile(partial_file, "a") as archive:
-        archive.comment = _identity(path)
-    os.replace(partial_file, path)
+    with whole_file(path) as partial_file:
+        part.save_arrays(partial_file)
+        with ZipFile(partial_file, "a") as archive:
+            archive.comment = _identity(path)
 
 
 def _read(path: Path, image_ids: Sequence[int] | None = None) -> Detections:
