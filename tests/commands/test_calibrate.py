@@ -164,7 +164,6 @@ def test_data_without_objects_are_refused_before_the_work(kind, folder, coco, ca
     before = (folder / "preprocessor_config.json").read_bytes()
     monkeypatch.setattr("drmm_hf.evaluation.predict.predict", None)
     assert main(["calibrate", str(folder), str(coco), "--split", "val"]) == 2
-    number = len(content["annotations"])
-    said = f"drmm calibrate: data is {str(coco)!r}, whose split val has no annotated object but {number}"
-    assert f"{said} crowds; the rule is some that predictions can be compared with" in capsys.readouterr().err
+    said = f"data is {str(coco)!r}, whose split val has no annotated object, crowds aside; the rule is some that"
+    assert said in capsys.readouterr().err
     assert (folder / "preprocessor_config.json").read_bytes() == before

@@ -597,6 +597,7 @@ def test_an_output_that_is_no_folder_is_named(command, place, said, coco_folder,
         "train": ["train", "scripts/recipes/quickstart_generated.yaml"],
     }[command]
     assert main([*arguments, "--output", str(tmp_path / place)]) == 2
-    taken = tmp_path / place
-    message = f"drmm {command}: output_dir is '{taken}', but {taken} is {said}; the rule is a folder, or a name that"
+    message = (
+        f"drmm {command}: output_dir is '{tmp_path / place}', which is {said}; the rule is a folder, or a name that"
+    )
     assert message in capsys.readouterr().err

@@ -149,15 +149,20 @@ def test_the_mark_of_windows_editors_is_no_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("file", "a file"), ("file/run", "a file"), ("link", "a link to nothing")]
+    ("place", "said"),
+    [
+        ("file", "which is a file"),
+        ("file/run", "but {folder}/file is a file"),
+        ("link", "which is a link to nothing"),
+    ],
 )
 @pytest.mark.parametrize("is_main", [None, True])
 def test_what_is_in_the_way_of_an_output_folder_is_named(place, said, is_main, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     path = tmp_path / place
-    taken = tmp_path / place.partition("/")[0]
-    message = f"output_dir is {str(path)!r}, but {taken} is {said}; the rule is a folder, or a name that is free"
+    said = said.format(folder=tmp_path)
+    message = f"output_dir is {str(path)!r}, {said}; the rule is a folder, or a name that is free"
     with pytest.raises(ValueError, match=message), run_lock(is_main and Accelerator(cpu=True), path):
         pass
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link"]

@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     objects = [record for record in annotations["annotations"] if not record.get("iscrowd")]
     if not objects:
         raise ValueError(
-            f"data is {args.data!r}, whose split {args.split} has no annotated object but "
-            f"{len(annotations['annotations'])} crowds; the rule is some that predictions can be compared with."
+            f"data is {args.data!r}, whose split {args.split} has no annotated object, crowds aside; the rule is some "
+            "that predictions can be compared with."
         )
     logging.disable_progress_bar()  # of each weight that is loaded
     model, processor = load_detector(args.model, args.device)

@@ -307,10 +307,11 @@ def check_images(annotations: Mapping[str, Any], pictures: datasets.Dataset | Se
         raise ValueError("the annotations have no images; there is nothing to measure.")
     missing = [name for image_id, name in annotated.items() if image_id not in image_ids]
     if missing:
+        reasons = causes(left_out(pictures)) if is_dataset else []
         raise ValueError(
             f"{len(missing)} of {len(annotated)} annotated pictures are not in the dataset ({first_few(missing)}); "
             "each counts in AP, so all must be there. To measure on fewer, give annotations of those alone."
-            + "".join(f"\n  Left out: {line}" for line in (causes(left_out(pictures)) if is_dataset else ()))
+            + (f" Left out: {'; '.join(reasons)}." if reasons else "")
         )
     unknown = sorted(image_ids - set(annotated))
     if unknown:

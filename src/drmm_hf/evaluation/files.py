@@ -145,9 +145,9 @@ def make_folder(path: str | Path, name: str = "folder") -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         taken = next(place for place in (path, *path.parents) if place.is_symlink() or place.exists())
-        what = "a file" if taken.exists() else "a link to nothing"
+        which, what = "which" if taken == path else f"but {taken}", "a file" if taken.exists() else "a link to nothing"
         raise ValueError(
-            f"{name} is {str(path)!r}, but {taken} is {what}; the rule is a folder, or a name that is free."
+            f"{name} is {str(path)!r}, {which} is {what}; the rule is a folder, or a name that is free."
         ) from None
 
 
