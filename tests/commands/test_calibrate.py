@@ -159,3 +159,17 @@ def test_a_spoilt_processor_is_refused_when_it_is_loaded(folder, coco_folder, tm
     assert main(["predict", str(folder), picture, "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert next(iter(entry)) in said and said.startswith("drmm predict: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "crowds"])
+def test_data_without_objects_are_refused_before_the_work(kind, folder, coco, capsys, monkeypatch):
+    path = coco / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [record | {"iscrowd": 1} for record in content["annotations"] if kind == "crowds"]
+    path.write_text(json.dumps(content))
+    before = (folder / "preprocessor_config.json").read_bytes()
+    monkeypatch.setattr("drmm_hf.evaluation.predict.predict", None)
+    assert main(["calibrate", str(folder), str(coco), "--split", "val"]) == 2
+    said = f"data is {str(coco)!r}, whose split val has no annotated object, crowds aside; the rule is some that"
+    assert said in capsys.readouterr().err
+    assert (folder / "preprocessor_config.json").read_bytes() == before

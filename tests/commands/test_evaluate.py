@@ -1,8 +1,12 @@
 """`drmm evaluate`, from the command line to its files."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -508,3 +512,92 @@ def test_one_evaluation_at_a_time_writes_a_folder(coco_folder, results, tmp_path
     command = ["evaluate", str(coco_folder), "--detections", str(results), "--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert "is in use by another run: name another folder" in capsys.readouterr().err
+
+
+def without_size(record):
+    del record["width"], record["height"]
+
+
+def turned(record):
+    record["width"], record["height"] = record["height"], record["width"]
+
+
+WRONG_PICTURES = {
+    "text": (lambda record: record.update(id=str(record["id"])), "images[0] (id '0'): id is '0', must be an integer"),
+    "no size": (without_size, "records that break their format: 3, such as {file}: images[0] (id 0): width is None"),
+    "turned": (turned, "pictures of another size than their annotations say: 3, such as 0.png (image 0): 60 x 80"),
+    "one id": (lambda record: record.update(id=0), "image ids that two pictures claim: 2, such as {file}: images[1]"),
+    "outside": (
+        lambda record: record.update(file_name=f"../val/{record['file_name']}"),
+        "file names that leave the data folder: 3, such as {file}: images[0] (id 0): file_name '../val/0.png' leaves",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("kind", WRONG_PICTURES)
+def test_why_pictures_are_left_out_is_said_before_the_work(
+    kind, streaming, drmm_folder, coco_folder, tmp_path, capsys, monkeypatch
+):
+    data = shutil.copytree(coco_folder, tmp_path / "data")
+    file = data / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    change, said = WRONG_PICTURES[kind]
+    for record in content["images"]:
+        change(record)
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr("drmm_hf.evaluation.evaluate.predict_parts", None)
+    command = ["evaluate", str(drmm_folder), str(data), "--output", str(tmp_path / "out")]
+    assert main(command + ["--streaming"] * streaming) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("drmm evaluate: ") and said.format(file=file) in line
+    assert not (tmp_path / "out").exists()
+
+
+NO_ROOM = {
+    "a part": ("numpy.savez", "parts/[0-9a-f]{16}/000000.npz"),
+    "detections.json": ("drmm_hf.evaluation.output_folder.write_json", ""),
+    "a report": ("pathlib.Path.write_text", "breakdown.json"),
+    "a picture": ("PIL.Image.Image.save", ""),
+    "a figure": ("matplotlib.figure.Figure.savefig", ""),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ROOM)
+def test_a_full_disk_is_named(kind, drmm_folder, coco_folder, tmp_path, capsys, monkeypatch):
+    """The system names no file. What is there is whole, and a repeated call goes on."""
+
+    write = Path.write_text
+
+    def refuse(*arguments, **options):
+        if kind == "a report" and "breakdown" not in str(arguments[0]):
+            return write(*arguments, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "out"
+    command = ["evaluate", str(drmm_folder), str(coco_folder), "--breakdown", "--output", str(output)]
+    function, place = NO_ROOM[kind]
+    with monkeypatch.context() as patch:
+        patch.setattr(function, refuse)
+        assert main(command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    rule = "cannot be written: No space left on device; make room there or write elsewhere, and repeat the call"
+    assert re.match(f"drmm evaluate: '{output}/?{place}' {rule}", said)
+    assert not [path for path in output.rglob("*") if path.suffix == ".partial" or path.name.startswith("tmp")]
+    assert main(command) == 0 and (output / "breakdown.json").is_file()
+
+
+@pytest.mark.parametrize(("place", "said"), [("file", "a file"), ("link", "a link to nothing")])
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_an_output_that_is_no_folder_is_named(command, place, said, coco_folder, results, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    arguments = {
+        "evaluate": ["evaluate", str(coco_folder), "--detections", str(results)],
+        "train": ["train", "scripts/recipes/quickstart_generated.yaml"],
+    }[command]
+    assert main([*arguments, "--output", str(tmp_path / place)]) == 2
+    message = (
+        f"drmm {command}: output_dir is '{tmp_path / place}', which is {said}; the rule is a folder, or a name that"
+    )
+    assert message in capsys.readouterr().err

@@ -2,14 +2,27 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from drmm_hf.data.coco import canonical_dataset
-from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics, ground_truth
+from drmm_hf.data.labels import LabelMap
+from drmm_hf.evaluation.audit import confidence_audit
+from drmm_hf.evaluation.breakdown import breakdown
+from drmm_hf.evaluation.calibration import calibration_report
+from drmm_hf.evaluation.coco_metrics import METRIC_NAMES, coco_metrics, ground_truth, load_annotations
+from drmm_hf.evaluation.compare import picture_errors
+from drmm_hf.evaluation.coverage import coverage_report
+from drmm_hf.evaluation.detections import Detections
+from drmm_hf.evaluation.evaluate import figures
+from drmm_hf.evaluation.recalibration import fit_calibrators
+from drmm_hf.evaluation.thresholds import confusion_matrix, threshold_curves
 
 
 def as_detections(annotations, score=0.9):
@@ -207,3 +220,114 @@ def test_both_backends_say_the_same_of_nothing_and_of_the_unknown(scene, capfd):
         with pytest.raises(ValueError, match="detections have image_id 999"):
             coco_metrics(truth, [detections[0] | {"image_id": 999}], backend)
     assert capfd.readouterr().out == ""
+
+
+def figures_of(truth, detections):
+    detections = Detections.from_coco(
+        detections, LabelMap.from_categories(truth["categories"]), [record["id"] for record in truth["images"]]
+    )
+    labels = dict(enumerate(record["id"] for record in truth["categories"]))
+    return figures(detections, truth, labels)
+
+
+REPORTS = {
+    "AP": coco_metrics,
+    "AP of pycocotools": lambda truth, found: coco_metrics(truth, found, "pycocotools"),
+    "figures": figures_of,
+    "thresholds": threshold_curves,
+    "confusion": lambda truth, found: confusion_matrix(truth, found, 0.3),
+    "breakdown": breakdown,
+    "calibration": calibration_report,
+    "calibrators": fit_calibrators,
+    "coverage": coverage_report,
+    "differences": lambda truth, found: picture_errors(truth, found, 0.3),
+    "audit": lambda truth, found: confidence_audit(truth, found)["annotations"],
+}
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_annotations_of_pictures_and_categories_that_are_not_listed_change_no_report(scene, report):
+    truth, detections = scene(7, num_images=6)
+    detections = [entry | {"box_scales": [1.0] * 4, "query": index} for index, entry in enumerate(detections)]
+    first = truth["annotations"][0]
+    strangers = [
+        first | {"id": 1000, "image_id": 999, "iscrowd": 0},
+        first | {"id": 1001, "image_id": 999, "iscrowd": 1},
+        first | {"id": 1002, "category_id": 3, "iscrowd": 0},  # between two that are listed
+        first | {"id": 1003, "category_id": 999, "iscrowd": 1},
+    ]
+    mixed = truth | {"annotations": [*strangers[:2], *truth["annotations"], *strangers[2:]]}
+    before = copy.deepcopy(mixed)
+    assert REPORTS[report](mixed, detections) == REPORTS[report](truth, detections)
+    assert mixed == before
+
+
+def test_pycocotools_itself_leaves_them_out(scene):
+    truth, detections = scene(7, num_images=6)
+    found = coco_metrics(truth, detections)
+    mixed = copy.deepcopy(truth)
+    for key in ("image_id", "category_id"):
+        mixed["annotations"].append(truth["annotations"][0] | {key: 999})
+    indices = []
+    for records in (mixed["annotations"], detections):
+        index = COCO()
+        rows = [
+            {"iscrowd": 0, "area": record["bbox"][2] * record["bbox"][3]} | record | {"id": place}
+            for place, record in enumerate(records, start=1)
+        ]
+        index.dataset = mixed | {"annotations": rows}
+        index.createIndex()
+        indices.append(index)
+    oracle = COCOeval(*indices, iouType="bbox")
+    oracle.evaluate()
+    oracle.accumulate()
+    oracle.summarize()
+    assert oracle.stats.tolist() == pytest.approx(
+        [-1 if found[name] is None else found[name] for name in METRIC_NAMES]
+    )
+
+
+def test_a_file_says_how_many_are_left_out(scene, tmp_path, caplog):
+    truth, _ = scene(7)
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(truth | {"annotations": [truth["annotations"][0] | {"image_id": 999}]}))
+    assert load_annotations(path)["annotations"] == []
+    assert (
+        f"{path}: 1 of 1 annotations are of pictures or categories that it does not list, and left out" in caplog.text
+    )
+
+
+NAN = float("nan")
+BAD = [
+    ("annotations", {"bbox": [NAN, 1, 2, 3]}, "bbox is [nan, 1, 2, 3], must be 4 finite numbers below 2**63"),
+    ("annotations", {"bbox": ["a", 1, 2, 3]}, "bbox is ['a', 1, 2, 3], must be 4 finite numbers below 2**63"),
+    ("annotations", {"bbox": [1, 2]}, "bbox is [1, 2], must be 4 finite numbers below 2**63"),
+    ("annotations", {"bbox": None}, "bbox is None, must be 4 finite numbers below 2**63"),
+    ("annotations", {"area": NAN}, "area is nan, must be a finite number of at least 0"),
+    ("annotations", {"iscrowd": "yes"}, "iscrowd is 'yes', must be 0 or 1"),
+    ("annotations", {"image_id": "5"}, "image_id is '5', must be an integer"),
+    ("annotations", {"category_id": None}, "category_id is None, must be an integer"),
+    ("images", {"id": "5"}, "id is '5', must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("section", "change", "said"), BAD)
+def test_what_is_no_number_in_a_file_is_named(scene, tmp_path, section, change, said):
+    truth, _ = scene(7)
+    path = tmp_path / "instances.json"
+    truth[section][1] |= change
+    path.write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {section}[1] (id {truth[section][1]['id']!r}): {said}")):
+        load_annotations(path)
+
+
+def test_sections_of_a_file_are_lists_of_objects(scene, tmp_path):
+    truth, _ = scene(7)
+    path = tmp_path / "instances.json"
+    for change, said in (
+        ({"annotations": None}, "no list 'annotations'"),
+        ({"images": [7]}, "images[0]: 7 must be an"),
+    ):
+        path.write_text(json.dumps(truth | change))
+        with pytest.raises(ValueError, match=re.escape(said)):
+            load_annotations(path)

@@ -141,7 +141,7 @@ def test_what_is_no_list_of_coco_results_is_refused(tmp_path):
     entry = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 0.5}
     for content, message in (
         ({"annotations": []}, "holds a dict; COCO results are a list of dicts"),
-        ([1], "COCO results are a list of dicts"),
+        ([entry, 1], "results.json: entry 1 is '1'; the rule is a dict"),
         ([entry, {"image_id": 1, "bbox": [0, 0, 1, 1]}], "entry 1 has no category_id, score"),
         ([entry | {"category_id": 4}], "category id 4 is not in the label map"),
     ):
@@ -166,12 +166,15 @@ def test_what_is_no_list_of_coco_results_is_refused(tmp_path):
         ("score", "high", r"a number in \[0, 1\]"),
         ("score", True, r"a number in \[0, 1\]"),
         ("score", 10**400, r"a number in \[0, 1\]"),
+        ("score", float("nan"), r"a number in \[0, 1\]"),
         ("score", 1.5, r"a number in \[0, 1\]"),
         ("box_scales", [1, 1, -1, 1], "4 numbers of at least 0"),
         ("objectness", "none", r"a number in \[0, 1\]"),
         ("class_probability", 1.5, r"a number in \[0, 1\]"),
         ("query", 0.5, "a whole number of at least 0"),
         ("query", -1, "a whole number of at least 0"),
+        ("query", 10**30, "a whole number of at least 0"),
+        ("image_id", 10**30, "a whole number"),
     ],
 )
 def test_a_wrong_field_is_named_with_file_entry_and_rule(key, value, rule, tmp_path):

@@ -208,6 +208,16 @@ def test_groups_are_means_over_their_own_ground_truths(dataset):
     np.testing.assert_allclose(summary["all"]["share"], np.array(summary["all"]["responsibilities"])[:, 0], rtol=1e-12)
 
 
+def test_annotations_of_pictures_and_categories_that_are_not_listed_change_nothing(dataset):
+    model, processor = make_detector()
+    truth = ground_truth(dataset)
+    first = truth["annotations"][0]
+    mixed = [first | {"image_id": 999}, first | {"category_id": 999}, first | {"image_id": 999, "iscrowd": 1}]
+    mixed = truth | {"annotations": [*mixed, *truth["annotations"]]}
+    summaries = [summarize(likelihoods(model, processor, dataset, one), one) for one in (truth, mixed)]
+    assert summaries[0] == summaries[1]
+
+
 def test_batch_size_and_precision_of_the_network_change_little(dataset):
     model, processor = make_detector()
     alone = likelihoods(model, processor, dataset, ground_truth(dataset), progress=False)

@@ -1,5 +1,7 @@
 """Whoever predicts the parts, whenever and from whatever they are read: the same detections, each picture once."""
 
+import os
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -11,8 +13,9 @@ from PIL import Image
 
 from drmm_hf.data.coco import canonical_dataset
 from drmm_hf.evaluation.coco_metrics import ground_truth
+from drmm_hf.evaluation.detections import Detections
 from drmm_hf.evaluation.evaluate import evaluate
-from drmm_hf.evaluation.parts import fingerprint, part_size, predict_parts, remove_parts
+from drmm_hf.evaluation.parts import _write, fingerprint, part_size, predict_parts, remove_parts
 from drmm_hf.evaluation.predict import predict
 
 
@@ -151,6 +154,53 @@ def test_what_makes_other_detections_makes_another_fingerprint():
     assert len(same) == 1 and len({*same, *others}) == 10
 
 
+def file_rows(folder, count):
+    """Return rows of picture files, which hold noise so that their sizes differ."""
+    folder.mkdir(exist_ok=True)
+    for index in range(count):
+        noise = np.random.default_rng(index).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index}.png")
+    pictures = [{"path": str(folder / f"{index}.png"), "bytes": None} for index in range(count)]
+    features = datasets.Features({"image_id": datasets.Value("int64"), "image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_dict({"image_id": list(range(count)), "image": pictures}, features)
+
+
+CHANGES = [("rows", "size"), ("rows", "time"), ("stream", "size"), ("stream", "time"), ("bytes", "one bit")]
+
+
+@pytest.mark.parametrize(("form", "change"), CHANGES)
+def test_a_picture_of_other_content_under_the_same_name_is_another_picture(form, change, tmp_path):
+    """Even the last one. Of files, size and time are looked at; what is in memory is read."""
+    dataset, last = file_rows(tmp_path, 3), tmp_path / "2.png"
+
+    def digest():
+        rows = dataset.to_iterable_dataset(num_shards=2) if form == "stream" else dataset
+        if form == "bytes":
+            pictures = [{"path": None, "bytes": (tmp_path / f"{index}.png").read_bytes()} for index in range(3)]
+            rows = datasets.Dataset.from_dict({"image_id": [0, 1, 2], "image": pictures}, dataset.features)
+        return fingerprint(Mean(), Processor(), rows, [{"id": index} for index in range(3)], {})
+
+    before, content, time = digest(), last.read_bytes(), last.stat().st_mtime_ns
+    assert digest() == before
+    if change == "one bit":
+        last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        last.write_bytes(content + b"more" * (change == "size"))
+        os.utime(last, ns=(time, time + (change == "time")))
+    assert digest() != before
+
+
+def test_copies_of_the_pictures_on_other_machines_may_have_other_times(tmp_path, monkeypatch):
+    """Processes agree on the times that the main process sees, and on one folder."""
+    dataset, digests = file_rows(tmp_path, 3), set()
+    sent = []
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda objects: (sent.extend(objects), sent[:1])[1])
+    for rank in range(2):
+        digests.add(fingerprint(Mean(), Processor(), dataset, [], {}, process(rank, 2)))
+        os.utime(tmp_path / "1.png", ns=(0, rank))
+    assert len(digests) == 1 and len(sent) == 2
+
+
 def test_a_stream_is_never_held(tmp_path):
     """Few pictures live at any moment, and detections are arrays of their own."""
     alive, most = set(), 0
@@ -248,3 +298,70 @@ def test_a_damaged_part_is_named_and_predicted_again(tmp_path, capsys):
     assert len(model.seen) == 40 - 2 * 4
     said = capsys.readouterr().out
     assert f"{second} is damaged: " in said and "predicted again" in said and "going on from 2 parts" in said
+
+
+def exchange(one, other):
+    aside = one.with_suffix(".aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+SUBSTITUTES = {
+    "another model": lambda parts, strange: shutil.copy(strange, parts[1]),
+    "swapped": lambda parts, strange: exchange(parts[0], parts[1]),
+    "twice": lambda parts, strange: shutil.copy(parts[0], parts[1]),
+    "of no run": lambda parts, strange: Detections.load_arrays(parts[1]).save_arrays(parts[1]),
+    "too many": lambda parts, strange: shutil.copy(parts[0], parts[0].with_name("000099.npz")),
+}
+
+
+@pytest.mark.parametrize("kind", SUBSTITUTES)
+def test_a_part_that_is_not_what_its_name_says_is_predicted_again(kind, tmp_path, capsys):
+    dataset = file_rows(tmp_path / "pictures", 40)
+    images = [{"id": index} for index in range(40)]
+    alone = predict_parts(Mean(), Processor(), dataset, images, progress=False)
+    for weight in (1.5, 1.0):
+        with pytest.raises(KilledError):
+            predict_parts(Mean(weight, last=12), Processor(), dataset, images, tmp_path / "parts")
+        (place,) = (tmp_path / "parts").iterdir()
+        shutil.copytree(place, tmp_path / f"copy {weight}")
+    SUBSTITUTES[kind](sorted(place.glob("*.npz")), tmp_path / "copy 1.5" / "000001.npz")
+    capsys.readouterr()
+    same(predict_parts(Mean(), Processor(), dataset, images, tmp_path / "parts"), alone)
+    said = capsys.readouterr().out
+    assert said.count("its pictures are predicted again") == {"swapped": 2}.get(kind, 1)
+    assert f"going on from {({'swapped': 1, 'too many': 3}).get(kind, 2)} parts" in said
+
+
+def test_a_part_of_other_pictures_is_predicted_again(tmp_path, capsys):
+    """As one that an earlier version of this file mixed up, whatever it says of itself."""
+    dataset = file_rows(tmp_path / "pictures", 40)
+    images = [{"id": index} for index in range(40)]
+    with pytest.raises(KilledError):
+        predict_parts(Mean(last=12), Processor(), dataset, images, tmp_path / "parts")
+    first, second, third = sorted((tmp_path / "parts").glob("*/*.npz"))
+    _write(Detections.load_arrays(first), second)
+    found = predict_parts(Mean(), Processor(), dataset, images, tmp_path / "parts")
+    assert f"{second} is of other pictures: its pictures are predicted again" in capsys.readouterr().out
+    assert list(found) == list(range(40))
+
+
+@pytest.mark.parametrize("place", ["part", "run", "parts"])
+def test_what_is_in_the_way_of_parts_is_named(place, tmp_path):
+    some = rows(40)
+    images = images_of(some)
+    with pytest.raises(KilledError):
+        predict_parts(Mean(last=12), Processor(), some, images, tmp_path / "parts", progress=False)
+    (run,) = (tmp_path / "parts").iterdir()
+    path = {"part": run / "000003.npz", "run": run, "parts": tmp_path / "parts"}[place]
+    if place == "part":
+        path.mkdir()
+        (path / "letter.txt").write_text("mine")
+    else:
+        shutil.rmtree(path)
+        path.write_text("mine")
+    rule = "a file of detections" if place == "part" else "a folder"
+    with pytest.raises(ValueError, match=f"{path}.* is a (file|folder); the rule is {rule}"):
+        predict_parts(Mean(), Processor(), some, images, tmp_path / "parts", progress=False)
+    assert "mine" in {file.read_text() for file in tmp_path.rglob("*") if file.suffix != ".npz" and file.is_file()}

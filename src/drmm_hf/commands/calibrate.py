@@ -65,18 +65,20 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers.utils import logging
 
-    from ..data.coco import coco_paths, load_detection_dataset
     from ..data.labels import LabelMap
-    from ..evaluation.coco_metrics import ground_truth, load_annotations
     from ..evaluation.evaluate import category_of_label, check_images
     from ..evaluation.predict import load_detector, predict
     from ..evaluation.recalibration import calibration_fields, held_out_errors
+    from ..evaluation.report import load_split
     from ..modeling.mixture import tail_freedom
 
-    places = {"images": args.images, "annotations": args.annotations}
-    paths = coco_paths(args.data, args.split, **places)
-    dataset = load_detection_dataset(args.data, args.split, **places, invalid="skip")
-    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    dataset, annotations = load_split(args.data, args.split, images=args.images, annotations=args.annotations)
+    objects = [record for record in annotations["annotations"] if not record.get("iscrowd")]
+    if not objects:
+        raise ValueError(
+            f"data is {args.data!r}, whose split {args.split} has no annotated object, crowds aside; the rule is some "
+            "that predictions can be compared with."
+        )
     logging.disable_progress_bar()  # of each weight that is loaded
     model, processor = load_detector(args.model, args.device)
     if not hasattr(processor, "score_threshold"):
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             f"model is a {model.config.model_type!r}, whose processor takes no calibration; D-RMM's does."
         )
     mapping = category_of_label(model.config, annotations["categories"])
-    check_images(annotations, dataset["image_id"])
+    check_images(annotations, dataset)
     processor.calibration = None  # a second calibration replaces the first one
     label_map = LabelMap.from_categories(annotations["categories"])
     detections = predict(model, processor, dataset, args.batch_size)
@@ -106,15 +108,14 @@ def run(args: argparse.Namespace) -> int:
         each = fields["score_threshold"]
         fields["score_threshold"] = [each.get(names.get(mapping.get(label)), 0.5) for label in sorted(config.id2label)]
     save_fields(path, fields)
-    num_objects = sum(not record.get("iscrowd") for record in annotations["annotations"])
-    if num_objects < _FEW_OBJECTS:
+    if len(objects) < _FEW_OBJECTS:
         print(
-            f"drmm calibrate: warning: fitted on {num_objects} objects; fewer than {_FEW_OBJECTS} say little about "
+            f"drmm calibrate: warning: fitted on {len(objects)} objects; fewer than {_FEW_OBJECTS} say little about "
             "those of other pictures",
             file=sys.stderr,
         )
     if args.threshold == "class":
-        counts = Counter(record["category_id"] for record in annotations["annotations"] if not record.get("iscrowd"))
+        counts = Counter(record["category_id"] for record in objects)
         rare = [f"{name} ({counts[id_]})" for id_, name in names.items() if counts[id_] < _FEW_OF_A_CLASS]
         if rare:
             print(

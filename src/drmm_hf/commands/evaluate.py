@@ -226,7 +226,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     """
     from ..evaluation.assignments import assignments, check_matching
     from ..evaluation.evaluate import category_of_label, class_table, evaluate, figures
-    from ..evaluation.files import read_json, write_text
+    from ..evaluation.files import read_json, whole_files, write_text
     from ..evaluation.likelihood import check_density
     from ..evaluation.origin import origin
     from ..evaluation.output_folder import holds_figures, write_figures
@@ -297,7 +297,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
 
     written = ["evaluation.json", "detections.json"]
     if dataset is not None:
-        written.append(draw_detections(entries, annotations, examples(dataset), output / "detections.jpg").name)
+        with whole_files(output) as aside:
+            written.append(draw_detections(entries, annotations, examples(dataset), aside / "detections.jpg").name)
     asked = {"thresholds": args.thresholds, "calibration": args.calibration, "duplicates": args.sweep}
     asked |= {"calibrators": calibrators, "breakdown": args.breakdown, "coverage": args.coverage}
     asked |= {"freedom": freedom, "calibrated": bool(calibration)}
@@ -318,7 +319,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
             print(f"\ncalibrators were not fitted: {report['not_fitted']}")
         if name == "metrics" and calibration:
             print(f"\n{calibration_note(calibration, annotations)}")
-        written += draw_report(name, report, output, picture)
+        with whole_files(output) as aside:
+            written += draw_report(name, report, aside, picture)
         if name == "calibration" and args.calibration and not calibration and "not_fitted" not in report:
             written.append("calibrators.json")
     if other is not None:

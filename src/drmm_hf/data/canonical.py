@@ -74,7 +74,7 @@ class Records:
         """Return the place of a record.
 
         Args:
-            section (`str`): `images` or `annotations`.
+            section (`str`): `images`, `annotations` or `categories`.
             position (`int`): Its index.
 
         Returns:
@@ -113,9 +113,13 @@ def left_out(dataset: Dataset) -> dict[str, dict[str, Any]]:
         dataset (`Dataset`): A dataset of this package.
 
     Returns:
-        `dict[str, dict]`: Kind of problem -> `count` and the `first` few messages; empty if nothing was left out.
+        `dict[str, dict]`: Kind of problem -> `count` and the `first` few messages; empty if nothing was left out, or
+        if the dataset is of another package.
     """
-    return json.loads(dataset.info.description or "{}").get("left_out", {})
+    try:
+        return json.loads(dataset.info.description)["left_out"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return {}
 
 
 def canonical_dataset(rows: Iterable[Mapping[str, Any]], categories: Iterable[Mapping[str, Any]]) -> Dataset:
@@ -294,6 +298,44 @@ def integer(record: Mapping[str, Any], key: str, least: int | None = None) -> in
     return int(value)
 
 
+def area_and_crowd(record: Mapping[str, Any]) -> tuple[float | None, int]:
+    """Read `area` and `iscrowd` of an annotation.
+
+    Args:
+        record (`Mapping`): The annotation.
+
+    Returns:
+        `tuple[float, int]`: The area, None if it names none, and 1 for a crowd, else 0.
+
+    Raises:
+        ValueError: If one is something else.
+    """
+    area, crowd = record.get("area"), record.get("iscrowd")
+    if area is not None and not (_is_finite(area) and area >= 0):
+        raise ValueError(f"area is {area!r}, must be a finite number of at least 0")
+    if crowd not in (None, 0, 1):
+        raise ValueError(f"iscrowd is {crowd!r}, must be 0 or 1")
+    return area, int(crowd or 0)
+
+
+def finite_box(record: Mapping[str, Any]) -> list[float]:
+    """Read `bbox` of an annotation.
+
+    Args:
+        record (`Mapping`): The annotation.
+
+    Returns:
+        `list[float]`: The 4 numbers.
+
+    Raises:
+        ValueError: If it is something else, or one is not finite.
+    """
+    bbox = record.get("bbox")
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
+        raise ValueError(f"bbox is {bbox!r}, must be 4 finite numbers below 2**63")
+    return bbox
+
+
 def leaves_folder(name: str) -> bool:
     """Return whether a file name leads out of the folder it is relative to.
 
@@ -400,11 +442,7 @@ def _checked_annotations(
         try:
             image_id = integer(record, "image_id")
             category_id, annotation_id = integer(record, "category_id"), integer(record, "id")
-            area, crowd, bbox = record.get("area"), record.get("iscrowd"), record.get("bbox")
-            if area is not None and not (_is_finite(area) and area >= 0):
-                raise ValueError(f"area is {area!r}, must be a finite number of at least 0")
-            if crowd not in (None, 0, 1):
-                raise ValueError(f"iscrowd is {crowd!r}, must be 0 or 1")
+            area, crowd = area_and_crowd(record)
         except ValueError as error:
             problems.add("bad_record", where(position), error)
             continue
@@ -416,10 +454,13 @@ def _checked_annotations(
         elif category_id not in known:
             message = f"category_id {category_id} is not among the categories {sorted(known)}"
             problems.add("unknown_category", where(position), message)
-        elif not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_finite, bbox)):
-            problems.add("box_not_finite", where(position), f"bbox is {bbox!r}, must be 4 finite numbers below 2**63")
         else:
-            values = (position, row, annotation_id, category_id, int(crowd or 0))
+            try:
+                bbox = finite_box(record)
+            except ValueError as error:
+                problems.add("box_not_finite", where(position), error)
+                continue
+            values = (position, row, annotation_id, category_id, crowd)
             for column, value in zip(integers.values(), values, strict=True):
                 column.append(value)
             boxes.extend(bbox)

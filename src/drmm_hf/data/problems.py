@@ -126,6 +126,19 @@ class Problems:
         logger.warning("%s, problems found and left out: %d\n  %s", source, len(self), text)
 
 
+def causes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say in a line a kind what was found, with the first of each.
+
+    Args:
+        found (`Mapping`): `Problems.found`, or what `drmm_hf.data.coco.left_out` returns.
+
+    Returns:
+        `list[str]`: In the order of `KINDS`.
+    """
+    kinds = sorted(found, key=list(KINDS).index)
+    return [f"{KINDS[kind][0]}: {found[kind]['count']}, such as {found[kind]['first'][0]}" for kind in kinds]
+
+
 def check_policy(invalid: str) -> None:
     """Refuse an unknown policy.
 

@@ -70,7 +70,7 @@ def assignments(
     """
     check_matching(model.config)
     annotations = load_annotations(annotations)
-    check_images(annotations, dataset["image_id"])
+    check_images(annotations, dataset)
     mapping = category_of_label(model.config, annotations["categories"])
     labels = {category_id: label for label, category_id in mapping.items()}
     objects = defaultdict(list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from drmm_hf.data.coco import categories
+from drmm_hf.data.canonical import Records, area_and_crowd, categories, finite_box, integer
 
 from .files import read_json
 
@@ -20,6 +21,8 @@ from .files import read_json
 if TYPE_CHECKING:
     import datasets
     from pycocotools.cocoeval import COCOeval
+
+logger = logging.getLogger(__name__)
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -45,23 +48,53 @@ def ground_truth(dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return annotations in COCO's form.
+    """Return annotations in COCO's form, those of pictures and categories that it lists: COCO's figures see no others.
 
     Args:
-        source (`str`, `Path` or `Mapping`): A COCO json file, or what it holds.
+        source (`str`, `Path` or `Mapping`): A COCO json file, or what it holds. Of a file, what is left out is counted
+            in a warning.
 
     Returns:
-        `Mapping`: With `images`, `annotations` and `categories`.
+        `Mapping`: With `images`, `annotations` and `categories`; the argument itself if nothing is left out.
 
     Raises:
-        ValueError: If one of the three is missing.
+        ValueError: If one of the three is missing; or if a file has an id, a box, an area or a crowd flag that is no
+            number, named with its place. What training data need beyond that does not matter here.
     """
     content = source if isinstance(source, Mapping) else read_json(source)
     missing = {"images", "annotations", "categories"} - set(content if isinstance(content, Mapping) else ())
     if missing:
         name = "annotations" if isinstance(source, Mapping) else str(source)
         raise ValueError(f"{name} has no {', '.join(sorted(missing))}; a COCO file has all three.")
-    return content
+    if content is not source:
+        _check_records(content, source)
+    images, known = ({record["id"] for record in content[name]} for name in ("images", "categories"))
+    records = content["annotations"]
+    kept = [record for record in records if record["image_id"] in images and record["category_id"] in known]
+    if len(kept) == len(records):
+        return content
+    if content is not source:
+        lost = f"{len(records) - len(kept)} of {len(records)} annotations"
+        logger.warning("%s: %s are of pictures or categories that it does not list, and left out", source, lost)
+    return {**content, "annotations": kept}
+
+
+def _check_records(content: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse records of a file that no figure can be computed with."""
+    records = Records(str(source), *(content[name] for name in ("images", "annotations", "categories")))
+    sections = {"images": ["id"], "categories": ["id"], "annotations": ["image_id", "category_id"]}
+    for section, fields in sections.items():
+        if not isinstance(content[section], list):
+            raise ValueError(f"{source} has no list {section!r}; a COCO file has images, annotations and categories.")
+        for position, record in enumerate(content[section]):
+            try:
+                for field in fields:
+                    integer(record, field)
+                if section == "annotations":
+                    finite_box(record)
+                    area_and_crowd(record)
+            except ValueError as error:
+                raise ValueError(f"{records.where(section, position)}: {error}") from None
 
 
 class Columns(NamedTuple):
@@ -317,7 +350,6 @@ def run_hotcoco(content: Mapping[str, Any], detections: Sequence[Mapping[str, An
         "annotations": [
             {"image_id": places[record["image_id"]]} | {name: record[name] for name in fields}
             for record in _annotation_records(content)
-            if record["image_id"] in places
         ],
         "categories": [{"id": record["id"], "name": record["name"]} for record in content["categories"]],
     }

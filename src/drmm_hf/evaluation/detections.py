@@ -323,7 +323,7 @@ class Detections:
             ValueError: If it holds no COCO results, or of unknown categories; the message names the file.
         """
         entries = read_json(path)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        if not isinstance(entries, list):
             raise ValueError(f"{path} holds a {type(entries).__name__}; COCO results are a list of dicts.")
         try:
             return cls.from_coco(entries, label_map, image_ids)
@@ -339,7 +339,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return _is_number(value) and value == int(value)
+    return _is_number(value) and -(2**63) <= value < 2**63 and value == int(value)
 
 
 def _is_score(value: Any) -> bool:
@@ -365,6 +365,8 @@ _RULES = {
 
 def _check_entry(position: int, entry: Mapping[str, Any], label_map: LabelMap) -> None:
     """Refuse what is no COCO result."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"entry {position} is {str(entry)[:80]!r}; the rule is a dict, as COCO results are.")
     missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
     if missing:
         raise ValueError(f"entry {position} has no {', '.join(missing)}; a COCO result has all four keys.")

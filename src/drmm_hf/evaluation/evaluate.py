@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 import torch
 
+from drmm_hf.data.canonical import left_out
 from drmm_hf.data.labels import LabelMap
+from drmm_hf.data.problems import causes
 
 from .calibration import expected_calibration_error, match_predictions
 from .coco_metrics import coco_metrics, first_few, ground_truth, load_annotations
@@ -74,7 +76,7 @@ def evaluate(
     annotations = ground_truth(dataset) if annotations is None else load_annotations(annotations)
     mapping = category_of_label(model.config, annotations["categories"])
     if isinstance(dataset, datasets.Dataset):
-        check_images(annotations, dataset["image_id"])
+        check_images(annotations, dataset)
     folder = None if output_dir is None else Path(output_dir) / "parts"
     detections = predict_parts(
         model,
@@ -299,27 +301,31 @@ def class_table(
     return "\n".join(lines)
 
 
-def check_images(annotations: Mapping[str, Any], image_ids: Sequence[int]) -> None:
+def check_images(annotations: Mapping[str, Any], pictures: datasets.Dataset | Sequence[int]) -> None:
     """Check that the annotated pictures are those that a detector sees.
 
     Args:
         annotations (`Mapping`): Content of a COCO file.
-        image_ids (`Sequence[int]`): Ids of the pictures.
+        pictures (`Dataset` or `Sequence[int]`): The pictures in the canonical schema, or their ids alone.
 
     Raises:
-        ValueError: If one side has pictures that the other lacks, or if the annotations have none.
+        ValueError: If one side has pictures that the other lacks, or if the annotations have none. Of a dataset, the
+            message says what its loader has left out, and why.
     """
+    is_dataset = isinstance(pictures, datasets.Dataset)
+    image_ids = {*(pictures["image_id"] if is_dataset else pictures)}
     annotated = {record["id"]: record.get("file_name", record["id"]) for record in annotations["images"]}
     if not annotated:
         raise ValueError("the annotations have no images; there is nothing to measure.")
-    given = set(image_ids)
-    missing = [name for image_id, name in annotated.items() if image_id not in given]
+    missing = [name for image_id, name in annotated.items() if image_id not in image_ids]
     if missing:
+        reasons = causes(left_out(pictures)) if is_dataset else []
         raise ValueError(
             f"{len(missing)} of {len(annotated)} annotated pictures are not in the dataset ({first_few(missing)}); "
             "each counts in AP, so all must be there. To measure on fewer, give annotations of those alone."
+            + (f" Left out: {'; '.join(reasons)}." if reasons else "")
         )
-    unknown = sorted(given - set(annotated))
+    unknown = sorted(image_ids - set(annotated))
     if unknown:
         raise ValueError(f"{len(unknown)} pictures have no entry in the annotations: image_id {first_few(unknown)}.")
 

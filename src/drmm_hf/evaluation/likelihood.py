@@ -55,7 +55,8 @@ class Likelihoods:
     """Hold the likelihood of every ground truth after every stage: S stages, n ground truths.
 
     Attributes:
-        annotation_indices (`np.ndarray` of shape `(n,)`): Position of each ground truth among the annotations.
+        annotation_indices (`np.ndarray` of shape `(n,)`): Position of each ground truth among the annotations that
+            `load_annotations` returns.
         log_scales (`np.ndarray` of shape `(n,)`): log(sx^2 sy^2), sx and sy the size of the model input over that of
             the original picture. `nll - log_scales` is the loss in pixels of the original picture.
         nll (`np.ndarray` of shape `(S, n)`): -log p(g), Eq. 4-5.
@@ -114,7 +115,8 @@ class Evidence:
     The most responsible component of an annotation is the one with the largest share in its likelihood.
 
     Attributes:
-        annotation_indices (`np.ndarray` of shape `(n,)`): Position of each among the annotations.
+        annotation_indices (`np.ndarray` of shape `(n,)`): Position of each among the annotations that
+            `load_annotations` returns.
         nll (`np.ndarray` of shape `(n,)`): -log p(g), Eq. 4-5.
         log_plausibility (`np.ndarray` of shape `(n,)`): log sum_k p_k(c) sqrt(o_k F_k(b) / F_k(mu_k)), at most 0.
         log_box (`np.ndarray` of shape `(n,)`): log sqrt(F(b) / F(mu)) of the most responsible component.
@@ -184,7 +186,7 @@ def annotated_mixtures(
         ValueError: If the classes of the model or the pictures are not those of the annotations, or these hold no
             object.
     """
-    check_images(annotations, dataset["image_id"])
+    check_images(annotations, dataset)
     mapping = category_of_label(model.config, annotations["categories"])
     labels = {category_id: label for label, category_id in mapping.items()}
     records = annotations["annotations"]
@@ -332,6 +334,7 @@ def summarize(result: Likelihoods, annotations: Mapping[str, Any]) -> dict[str, 
         `classes` (name to group). A group holds `num_ground_truths` and, as lists of one mean a stage, `nll`, `share`,
         `effective_positives`, `public_nll`, `public_share` and `responsibilities`; None without ground truths.
     """
+    annotations = load_annotations(annotations)
     records = [annotations["annotations"][index] for index in result.annotation_indices.tolist()]
     areas = np.array([annotation_area(record) for record in records], dtype=float)
     category_ids = np.array([record["category_id"] for record in records])

@@ -28,7 +28,8 @@ class Matches:
         correct (`np.ndarray` of shape `(T, n)`): Whether a prediction took a ground truth.
         ignored (`np.ndarray` of shape `(T, n)`): Whether it fell on a crowd region, and is neither right nor wrong.
         ious (`np.ndarray` of shape `(T, n)`): IoU with the ground truth that it took; 0 if none.
-        matched_annotations (`np.ndarray` of shape `(T, n)`): Position of what it took; -1 if none.
+        matched_annotations (`np.ndarray` of shape `(T, n)`): Position of what it took among the annotations that
+            `load_annotations` returns; -1 if none.
         matched_category_ids (`np.ndarray` of shape `(T, n)`): Category of the ground truth that it took; -1 if none.
         best_ious (`np.ndarray` of shape `(n,)`): Largest IoU with any ground truth of its class, taken or not.
         num_ground_truths (`dict[int, int]`): Number of ground truths of each category, without crowds.
@@ -98,7 +99,7 @@ def match(
     predictions = Columns(*(column[indices] for column in predictions))
 
     # Only predictions that share a group, a picture or a class in a picture, with objects can be right.
-    annotated = np.array([places.get(one, -1) for one in objects.image_ids.tolist()], dtype=int)
+    annotated = np.array([places[one] for one in objects.image_ids.tolist()], dtype=int)
     groups_of, groups = pictures_of[indices], annotated
     if class_aware:
         category_ids = np.unique([record["id"] for record in content["categories"]])
@@ -107,7 +108,7 @@ def match(
             for group, ids in ((groups_of, predictions.category_ids), (groups, objects.category_ids))
         )
     matched, ignored, ious, best_ious = _match_groups(
-        predictions, groups_of, objects, np.where(annotated < 0, -1, groups), crowds, aside, thresholds
+        predictions, groups_of, objects, groups, crowds, aside, thresholds
     )
     counts = {record["id"]: 0 for record in content["categories"]}
     for category_id, number in zip(*np.unique(objects.category_ids[~aside], return_counts=True), strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .files import read_json, write_json
+from .files import naming_full_disk, read_json, write_json
 
 
 # What an evaluation may write beside its figures: reports, then their pictures.
@@ -65,7 +65,7 @@ def write_figures(
     """
     output_dir, names = Path(output_dir), ["detections.json", "metrics.json"]
     output_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output_dir) as aside:
+    with naming_full_disk(output_dir), TemporaryDirectory(dir=output_dir) as aside:
         (Path(aside) / "detections.json").write_text(json.dumps(entries, allow_nan=False))
         write_json(metrics, Path(aside) / "metrics.json")
         if about is not None:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile
 
 import datasets
 import pyarrow.compute as pc
@@ -24,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from .detections import Detections
+from .files import make_folder, whole_file
 from .predict import predict
 
 
@@ -67,7 +69,8 @@ def predict_parts(
     """Find the objects in every picture of a dataset, part by part.
 
     With a `folder`, each part is written there when it is done, in one go. A second call for the same model, pictures
-    and options reads what is there and goes on; a damaged part is predicted again, parts of anything else are removed.
+    and options reads what is there and goes on; a part that is damaged or says that it is another one is predicted
+    again, parts of anything else are removed.
 
     Args:
         model (`torch.nn.Module`): As in `predict`.
@@ -88,7 +91,8 @@ def predict_parts(
         `Detections`: One result a picture, in the order of the dataset. None in all but the main process.
 
     Raises:
-        ValueError: As `predict`; if several processes have no folder; or if a part of another process is missing.
+        ValueError: As `predict`; if several processes have no folder; if a part of another process is missing; or if
+            something else is in the way of a part.
     """
     for name, value in (("batch_size", batch_size), ("top_k", top_k)):
         if value < 1:  # before the parts of other options are removed
@@ -98,16 +102,18 @@ def predict_parts(
         raise ValueError(f"{world} processes share the pictures; the rule is a folder to write their parts to.")
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    size, done = part_size(len(images), batch_size), set()
+    size, done, image_ids = part_size(len(images), batch_size), set(), None
+    if isinstance(dataset, datasets.Dataset):
+        image_ids = list(dict.fromkeys(dataset["image_id"]))
     if folder is not None:
         options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "part_size": size}
         options["device"] = torch.device(device or next(model.parameters()).device).type
-        folder = Path(folder) / fingerprint(model, processor, dataset, images, options)
+        folder = Path(folder) / fingerprint(model, processor, dataset, images, options, processes)
         if rank == 0:
-            _prepare(folder, progress)
+            _prepare(folder, size, image_ids, progress)
         if processes is not None:
             processes.wait_for_everyone()
-        done = {int(path.stem) for path in folder.glob("[0-9]*.npz")}
+        done = {*_files(folder)}
 
     mine = [index for index in range(rank, math.ceil(len(images) / size), world) if index not in done]
     total = sum(min(size, len(images) - index * size) for index in mine)
@@ -129,7 +135,7 @@ def predict_parts(
         lacking = [path for path in paths if not path.exists()]
         if lacking:
             raise ValueError(f"part {lacking[0]} is missing; the rule is one folder that all processes see.")
-        found = {index: Detections.load_arrays(path) for index, path in enumerate(paths)}
+        found = {index: _read(path) for index, path in enumerate(paths)}
     return Detections.merge(found.values())
 
 
@@ -152,11 +158,14 @@ def fingerprint(
     dataset: Iterable[Mapping[str, Any]],
     images: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
+    processes: PartialState | None = None,
 ) -> str:
     """Return a digest of all that detections depend on.
 
-    Of the pictures, it sees COCO's records, their order and the path of each (of those without a file, the number of
-    bytes): pictures of the same names in another folder are other pictures. Of a stream, it sees the first one alone.
+    Of the pictures, it sees COCO's records, their order, path, size and time of the last change of each file, and the
+    bytes of what is in memory: pictures of the same names in another folder are other pictures. Of a stream that is
+    not of local files, as from the Hub, it sees the first picture alone: the others would have to be fetched. Of rows
+    that are no dataset, it sees nothing.
 
     Args:
         model (`torch.nn.Module`): Weights and config count.
@@ -164,6 +173,8 @@ def fingerprint(
         dataset (`Iterable[Mapping]`): The rows, undecoded.
         images (`Sequence[Mapping]`): COCO's records of the pictures.
         options (`Mapping`): What else counts, for json.
+        processes (`accelerate.PartialState`, *optional*): Those that all call this. The main one tells the others the
+            times that it sees, as copies of the pictures on several machines may have several.
 
     Returns:
         `str`: 16 hexadecimal digits.
@@ -185,15 +196,40 @@ def fingerprint(
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    stamps = []
+    for path, content in _pictures(dataset):
+        digest.update(f"{path} {None if content is None else len(content)}".encode())
+        digest.update(b"" if content is None else content)
+        stamps.append(_stamp(path) if content is None else None)
+    if processes is not None:
+        from accelerate.utils import broadcast_object_list
+
+        stamps = broadcast_object_list([stamps])[0]
+    digest.update(json.dumps(stamps).encode())
+    return digest.hexdigest()
+
+
+def _pictures(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str | None, Any]]:
+    """Yield path and bytes of each picture of a dataset, one of them None; of a stream, as long as they are files."""
     if isinstance(dataset, datasets.Dataset):
         for table in dataset.select_columns(["image"]).with_format("arrow").iter(1000):
             paths, contents = (pc.struct_field(table["image"], name) for name in ("path", "bytes"))
-            digest.update(json.dumps([paths.to_pylist(), pc.binary_length(contents).to_pylist()]).encode())
+            yield from zip(paths.to_pylist(), (content.as_buffer() for content in contents), strict=True)
     elif isinstance(dataset, datasets.IterableDataset):
-        for row in dataset.take(1):
+        for row in dataset.select_columns(["image"]):
             path, content = row["image"]["path"], row["image"]["bytes"]
-            digest.update(content if content is not None else str(path).encode())
-    return digest.hexdigest()
+            yield path, content
+            if content is not None or _stamp(path) is None:
+                return
+
+
+def _stamp(path: str | None) -> list[int] | None:
+    """Return size and time of the last change of a file; None for what is none here, such as a file on the Hub."""
+    try:
+        status = os.stat(path)
+    except (OSError, TypeError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def remove_parts(folder: str | Path, keep: str | None = None) -> list[Path]:
@@ -211,7 +247,7 @@ def remove_parts(folder: str | Path, keep: str | None = None) -> list[Path]:
     runs = [run for run in runs if run.is_dir()]
     for run in runs:
         for file in run.iterdir():
-            if re.fullmatch(r"\d{6,}\.(npz|partial)", file.name):
+            if re.fullmatch(r"\d{6,}\.npz(\.partial)?", file.name):
                 file.unlink()
     for place in (*runs, folder):
         if place.is_dir() and not any(place.iterdir()):
@@ -219,30 +255,55 @@ def remove_parts(folder: str | Path, keep: str | None = None) -> list[Path]:
     return runs
 
 
-def _prepare(folder: Path, say: bool) -> None:
-    """Make the folder of a run, say what it holds, and remove damaged parts and those of other runs."""
+def _prepare(folder: Path, size: int, image_ids: Sequence[int] | None, say: bool) -> None:
+    """Make the folder of a run, say what it holds, and remove damaged and strange parts and those of other runs."""
     for other in remove_parts(folder.parent, keep=folder.name):
         if say:
             print(f"{other} holds unfinished work on another model, data or options: starting afresh", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.glob("[0-9]*.npz")):
+    make_folder(folder)
+    for index, path in _files(folder).items():
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; the rule is a file of detections there: move it away.")
         try:
-            Detections.load_arrays(path)
+            _read(path, None if image_ids is None else image_ids[index * size : (index + 1) * size])
         except ValueError as error:
             path.unlink()
             if say:
                 print(f"{error}: its pictures are predicted again", flush=True)
-    count = len(list(folder.glob("[0-9]*.npz")))
+    count = len(_files(folder))
     if count and say:
         print(f"going on from {count} parts in {folder}", flush=True)
 
 
+def _files(folder: Path) -> dict[int, Path]:
+    """Return the files of the parts that are there, by number."""
+    paths = sorted(path for path in folder.glob("*.npz") if re.fullmatch(r"\d{6,}", path.stem))
+    return {int(path.stem): path for path in paths}
+
+
 def _write(part: Detections, path: Path) -> None:
-    """Write a part that is whole or not there at all."""
+    """Write a part that is whole or not there at all, and says which part of which run it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(".partial")
-    part.save_arrays(partial_file)
-    os.replace(partial_file, path)
+    with whole_file(path) as partial_file:
+        part.save_arrays(partial_file)
+        with ZipFile(partial_file, "a") as archive:
+            archive.comment = _identity(path)
+
+
+def _read(path: Path, image_ids: Sequence[int] | None = None) -> Detections:
+    """Read a part, and refuse one that is not what its place says, or not of these pictures."""
+    part = Detections.load_arrays(path)
+    with ZipFile(path) as archive:
+        if archive.comment != _identity(path):
+            raise ValueError(f"{path} is another part, or of another run")
+    if image_ids is not None and [*part] != [*image_ids]:
+        raise ValueError(f"{path} is of other pictures")
+    return part
+
+
+def _identity(path: Path) -> bytes:
+    """Return the fingerprint of a run and the number of a part, as the place of its file has them."""
+    return f"{path.parent.name}/{path.stem}".encode()
 
 
 def _parts(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 
+from drmm_hf.data.canonical import canonical_stream
 from drmm_hf.data.coco import coco_paths, load_detection_dataset
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.data.loading import load_image
@@ -19,6 +20,7 @@ from .coco_metrics import ground_truth, load_annotations
 from .coverage import coverage_report
 from .deduplication import sweep
 from .detections import Detections
+from .evaluate import check_images
 from .files import write_json
 from .likelihood import likelihoods, summarize
 from .recalibration import apply_calibrators, fit_calibrators
@@ -56,7 +58,7 @@ def load_split(
         none.
 
     Raises:
-        ValueError: If the split is unknown or the source is not understood.
+        ValueError: If the split is unknown, the source is not understood, or a local stream lacks annotated pictures.
         FileNotFoundError: If a file is missing.
     """
     if annotations is None and source.endswith(".json"):
@@ -65,12 +67,13 @@ def load_split(
         annotations, source = source, str(Path(source).parent)
     places: dict[str, Any] = {"images": images, "annotations": annotations}
     paths = coco_paths(source, split, **places)
-    dataset = load_detection_dataset(source, split, **places, invalid="skip", streaming=streaming)
-    if paths is not None:
-        return dataset, load_annotations(paths[0])
-    if streaming and Path(source).exists():  # a local stream has lost its categories
-        return dataset, ground_truth(load_detection_dataset(source, split, invalid="skip"))
-    return dataset, ground_truth(dataset)
+    is_local = Path(source).exists()
+    dataset = load_detection_dataset(source, split, **places, invalid="skip", streaming=streaming and not is_local)
+    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    if streaming and is_local:
+        check_images(annotations, dataset)  # while its rows can be counted
+        dataset = canonical_stream(dataset)
+    return dataset, annotations
 
 
 def load_results(path: str | Path, annotations: Mapping[str, Any]) -> tuple[Detections, dict[int, int]]:

@@ -16,7 +16,7 @@ import torch
 from drmm_hf.data.labels import LabelMap
 
 from .evaluate import category_of_label
-from .files import read_json
+from .files import read_json, whole_file
 from .parts import predict_parts, remove_parts
 
 
@@ -117,9 +117,17 @@ def write_submission(
     keys = ("image_id", "category_id", "bbox", "score")
     entries = [{key: entry[key] for key in keys} for entry in known.to_coco(label_map)]
     path = Path(output_dir) / f"{stem}.zip"
-    partial_file = path.with_suffix(".partial")
-    with zipfile.ZipFile(partial_file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"{stem}.json", json.dumps(entries, allow_nan=False))
-    os.replace(partial_file, path)
+    write_archive(entries, path)
     remove_parts(parts)
     return path
+
+
+def write_archive(content: Any, path: Path) -> None:
+    """Write json as a zip of one file, whole or not at all.
+
+    Args:
+        content (`Any`): For json.
+        path (`Path`): The zip; what it holds has its name, with the ending json.
+    """
+    with whole_file(path) as partial_file, zipfile.ZipFile(partial_file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{path.stem}.json", json.dumps(content, allow_nan=False))
