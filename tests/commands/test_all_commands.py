@@ -37,7 +37,7 @@ def arguments(drmm_folder, coco_folder, tmp_path):
         "benchmark": lambda: ["pooling", "--size", 64, 64, "--boxes", 4, "--repetitions", 1],
         "tables": lambda: [2],
         "figures": lambda: [10, "--output", tmp_path / "figure.png"],
-        "audit": lambda: [coco_folder, mine, "--split", "val", *output],
+        "audit": lambda: [mine, coco_folder, "--split", "val", *output],
         "compare": lambda: [f"a={mine}", f"b={mine}", coco_folder, "--timed", 1, *output],
         "doctor": lambda: [coco_folder],
     }
@@ -89,7 +89,7 @@ WRONG = {
     "benchmark": ["loader", "."],
     "tables": ["12"],
     "figures": ["1", "--output", "figure.png"],
-    "audit": [".", "nowhere"],
+    "audit": ["nowhere", "."],
     "compare": ["one", "."],
     "doctor": ["."],
 }
