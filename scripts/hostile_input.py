@@ -523,6 +523,21 @@ def is_right(case: Case, code: int, said: str) -> bool:
     return code != 0 and not is_defect and re.search(case.message, said, re.IGNORECASE) is not None
 
 
+def cleaned(said: str, place: Place) -> str:
+    """Return a message as a cell of a table: without the names of temporary folders and what all of its kind say.
+
+    Args:
+        said (`str`): The message.
+        place (`Place`): Whose folder is left out.
+
+    Returns:
+        `str`: One line without backticks and bars.
+    """
+    said = re.sub(r"tmp[a-z0-9_]{8}/", "", said.replace(f"{place.folder}/", ""))
+    said = said.replace("; correct them (drmm doctor lists all), or leave such pictures and boxes out with", "; ...")
+    return said.replace("`", "'").replace("|", "/")
+
+
 def table(place: Place) -> tuple[list[str], list[str]]:
     """Run every case and write the table.
 
@@ -537,7 +552,7 @@ def table(place: Place) -> tuple[list[str], list[str]]:
         if group != heading:
             heading = group
             lines += ["", f"**{group}**", "", "| what | command | what happened |", "|---|---|---|"]
-        said = re.sub(r"\S*/tmp\w*/(?=\w)", "", said.replace(f"{place.folder}/", "")).replace("|", "\\|")
+        said = cleaned(said, place)
         outcome = case.holds if case.message is None else f"`{said.removeprefix(f'drmm {words[0]}: ')}`"
         lines.append(f"| {case.what} | `drmm {words[0]}` | {outcome} |")
         if not is_right(case, code, said):
