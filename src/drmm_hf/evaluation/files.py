@@ -139,10 +139,12 @@ def make_folder(path: str | Path, name: str = "folder") -> None:
 
     Raises:
         ValueError: If something else is there.
+        OSError: As `naming_full_disk`.
     """
     path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with naming_full_disk(path):
+            path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         taken = next(place for place in (path, *path.parents) if place.is_symlink() or place.exists())
         which, what = "which" if taken == path else f"but {taken}", "a file" if taken.exists() else "a link to nothing"

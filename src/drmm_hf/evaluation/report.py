@@ -67,7 +67,7 @@ def load_split(
         annotations, source = source, str(Path(source).parent)
     places: dict[str, Any] = {"images": images, "annotations": annotations}
     paths = coco_paths(source, split, **places)
-    is_local = Path(source).exists()
+    is_local = paths is not None or Path(source).exists()
     dataset = load_detection_dataset(source, split, **places, invalid="skip", streaming=streaming and not is_local)
     annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
     if streaming and is_local:
