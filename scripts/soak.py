@@ -182,6 +182,8 @@ def rank() -> bool:
         print(
             f"exit code {code} {seconds:.1f} s after the kill, {len(left)} processes left; --resume: exit code {again}"
         )
+        if again:
+            print((folder / "run.log").read_text()[-4000:])
         return code != 0 and seconds < 60 and not left and again == 0
 
 

@@ -136,10 +136,9 @@ def save_model(path: str | Path, model: nn.Module, processor: Any, raw_model: nn
     """
     try:
         folder = start_folder(path)
-        model.save_pretrained(folder)
+        _save_parts(folder, model, processor)
         if raw_model is not None:
             raw_model.save_pretrained(folder, variant=RAW_VARIANT)
-        processor.save_pretrained(folder)
         finish_folder(path)
     except _WRITE_ERRORS as error:
         models = [model] if raw_model is None else [model, raw_model]
@@ -182,8 +181,7 @@ def save_checkpoint(
         folder = _partial(last)
         accelerator.save_state(str(folder / STATE_FOLDER))
         if accelerator.is_main_process:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            _save_parts(folder, model, processor)
             raw_weights = folder / STATE_FOLDER / "model.safetensors"
             if raw_model is not None and raw_weights.is_file():
                 _link(raw_weights, folder / f"model.{RAW_VARIANT}.safetensors")
@@ -197,6 +195,15 @@ def save_checkpoint(
         for folder in _earlier_checkpoints(output_dir)[keep_last - 1 :]:
             shutil.rmtree(folder)
     accelerator.wait_for_everyone()
+
+
+def _save_parts(folder: Path, model: nn.Module, processor: Any) -> None:
+    """Write model and processor; transformers silently writes no model where it thinks that another process does."""
+    before = {*folder.iterdir()}
+    model.save_pretrained(folder)
+    if {*folder.iterdir()} == before:
+        raise OSError(f"{folder} has got no model: RANK is {os.environ.get('RANK')!r}, and this process is alone")
+    processor.save_pretrained(folder)
 
 
 def find_checkpoint(output_dir: str | Path, accelerator: Accelerator | None = None) -> Path | None:

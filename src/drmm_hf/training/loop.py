@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -62,7 +63,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         SystemExit: If SIGTERM or SIGINT came: after the step in progress and a checkpoint, with code 143 or 130.
     """
     output_dir = Path(recipe.training.output_dir)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
+        cpu=several and not torch.accelerator.is_available(),  # torchrun's processes would each be alone otherwise
         mixed_precision=recipe.training.mixed_precision,
         log_with=recipe.training.trackers or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
