@@ -27,7 +27,9 @@ def test_assignments_are_written(box_folder, coco_folder, tmp_path, capsys):
     assert len(found["images"]) == 2 and "assignments.json" in capsys.readouterr().out
     about = {"model": str(box_folder), "data": str(coco_folder), "split": "val", "top_k_ratio": None}
     about |= {"top_k": 100, "dtype": None, "annotations": None}
-    assert json.loads((output / "evaluation.json").read_text()) == about
+    written = json.loads((output / "evaluation.json").read_text())
+    assert about.items() <= written.items() and written["step"] is None
+    assert len(written["weights"]) == len(written["ground_truth"]) == 64
 
 
 def test_other_models_match_nothing_and_detr_has_no_selection(model_folder, coco_folder, tmp_path, capsys):

@@ -37,6 +37,15 @@ def test_figures_pictures_and_a_table_in_per_cent(model_folder, coco_folder, tmp
     assert "square" in printed and f"{100 * metrics['ECE']:.2f}" in printed and "3 images, 2 objects" in printed
 
 
+def test_the_folder_of_a_training_run_keeps_its_own_figures(model_folder, coco_folder, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("training: {epochs: 1}")
+    assert main(["evaluate", str(model_folder), str(coco_folder), "--output", str(tmp_path)]) == 2
+    assert f"such as '{tmp_path / 'val'}'" in capsys.readouterr().err and not (tmp_path / "metrics.json").exists()
+    (tmp_path / "found.json").write_text("[]")
+    words = ["evaluate", str(coco_folder), "--detections", str(tmp_path / "found.json"), "--output", str(tmp_path)]
+    assert main(words) == 2 and not (tmp_path / "metrics.json").exists()
+
+
 def test_batch_size_changes_no_figure(model_folder, coco_folder, tmp_path):
     written = []
     for batch_size in ("1", "3"):

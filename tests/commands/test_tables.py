@@ -141,3 +141,17 @@ def test_missing_rows_are_trained_measured_and_printed_and_not_again(in_process,
     in_process.clear()
     assert main(words) == 0
     assert not in_process and capsys.readouterr().out.splitlines()[-4:] == printed.splitlines()[-4:]
+
+
+def test_a_finished_run_is_not_taken_for_one_with_other_fields(in_process, tmp_path, capsys):
+    words = ["tables", "4", "--run", str(TINY), "--output", str(tmp_path / "runs"), "--epochs", "1"]
+    assert main(words) == 0
+    assert main([*words[:-1], "2"]) == 2
+    assert "is a finished run with epochs 1, and 2 is asked for" in capsys.readouterr().err
+    run = tmp_path / "runs" / "tiny" / "drmm_sparse_rcnn" / "seed0"
+    (run / "likelihood.json").unlink()
+    about = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(about | {"ground_truth": "0" * 64}))
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{run}: its figures are of other annotations" in said and "likelihood would not be of the same" in said

@@ -121,7 +121,7 @@ def test_a_split_without_boxes_is_no_training_data(shapes, tmp_path, capsys):
     path = Path(shapes) / "annotations" / "instances_train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     assert main(["train", TINY, "--data", shapes, "--output", str(tmp_path / "run"), "--max-minutes", "1"]) == 2
-    assert f"split 'train' of {shapes} has no boxes" in capsys.readouterr().err
+    assert f"split 'train' of {shapes} has no boxes, crowds aside" in capsys.readouterr().err
 
 
 def test_without_a_recipe_one_is_chosen_and_kept(shapes, tmp_path, capsys):

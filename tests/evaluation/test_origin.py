@@ -35,6 +35,7 @@ def test_order_and_ids_of_records_do_not_count():
         changed(bbox=[1, 2, 3, 4.5]),
         changed(image_id=2),
         changed(iscrowd=1),
+        changed(area=5.0),
         ANNOTATIONS | {"annotations": ANNOTATIONS["annotations"][:1]},
         ANNOTATIONS | {"images": [*ANNOTATIONS["images"], {"id": 3, "file_name": "c.png"}]},
         ANNOTATIONS | {"categories": [{"id": 4, "name": "cells"}]},

@@ -388,6 +388,26 @@ def test_evaluations_follow_a_run_that_moved_and_are_not_of_the_new_one_in_its_p
     assert [*strangers] == [beside.resolve()]
 
 
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
+    for name, content in (("a", b"first"), ("b", b"second")):
+        write_weights(write_run(tmp_path / name, SMALL, {"source": "bccd"}, metrics=metrics(0.5)), content)
+    shutil.copytree(tmp_path / "a", tmp_path / "copied")
+    results, strangers = find_results([tmp_path], resolved_recipe)
+    assert [result.run.name for result in results] == ["a", "b"]
+    reason = f"the weights are those of {tmp_path.resolve() / 'a'}, a run counts once"
+    assert strangers == {(tmp_path / "copied").resolve(): reason}
+
+
+def test_a_sweep_of_what_nms_left_is_no_sweep(tmp_path):
+    swept = {"none": entry(0.3), "nms": [entry(0.4, 0.7)], "wta": [entry(0.6, 0.7)], "best_iou_threshold": 0.7}
+    run = write_run(tmp_path / "nll", SMALL, {"criterion": "nll", "source": "bccd"})
+    after = metrics(0.4, deduplication={"method": "nms", "iou_threshold": 0.6})
+    place = write_evaluation(run / "evaluated", run / "best", after)
+    (place / "duplicates.json").write_text(json.dumps(swept))
+    (result,), _ = find_results([tmp_path], resolved_recipe)
+    assert "nms" in result.files and "duplicates" not in result.files
+
+
 def test_data_of_one_name_with_other_annotations_have_blocks_of_their_own(tmp_path):
     for name, digest in (("a", "1" * 64), ("b", "2" * 64)):
         run = write_run(tmp_path / name, SMALL, {"source": f"{name}/cells"}, metrics=metrics(0.5))

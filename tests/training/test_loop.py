@@ -499,6 +499,64 @@ def test_a_best_checkpoint_that_was_deleted_is_replaced_by_the_newest(tiny_recip
     assert all(torch.equal(tensor, last[name]) for name, tensor in best.items())
 
 
+def test_a_resumed_run_has_the_learning_rate_and_decay_that_it_says(tiny_recipe, tmp_path, monkeypatch):
+    options = {"max_steps": 3, "epochs": None, "warmup_steps": 0, "schedule": "constant"}
+    train(tiny_recipe(**options))
+    decays, step = [], torch.optim.AdamW.step
+
+    def watched(optimizer, *arguments, **settings):
+        decays.append({group["weight_decay"] for group in optimizer.param_groups})
+        return step(optimizer, *arguments, **settings)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train(tiny_recipe(**options | {"max_steps": 5, "learning_rate": 0.02, "weight_decay": 0.5, "resume": True}))
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run") if "learning_rate" in row]
+    assert rates == [1e-3] * 3 + [0.02] * 2 and decays == [{0.5, 0.0}] * 2
+
+
+def test_a_best_checkpoint_of_a_later_step_stays_until_an_evaluation_is_better(tiny_recipe, tmp_path, capsys):
+    """Where the newest checkpoints were taken away: what the run says is what lies in its folder."""
+    run = tmp_path / "run"
+    options = {"evaluate_every": 1, "save_every_steps": 1, "keep_last": 9, "best_metric": "AP50"}
+    first = train(tiny_recipe(**options))
+    metrics = json.loads((run / "metrics.json").read_text()) | {"AP50": 0.9}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    about = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(about | {"step": 6}))
+    for name in ("last", "step-00000005", "step-00000004"):
+        shutil.rmtree(run / name)
+    best = (run / "best" / "model.safetensors").read_bytes()
+    again = train(tiny_recipe(**options, resume=True))
+    assert "best/ is of step 6; it stays until an evaluation is better" in capsys.readouterr().out
+    assert (again["steps"], again["best_step"], again["AP50"]) == (first["steps"], 6, 0.9)
+    assert (run / "best" / "model.safetensors").read_bytes() == best
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("evaluation.json", {"step": None}, "are not those of the best checkpoint"),
+        ("evaluation.json", {"weights": "0" * 64}, "are not those of the best checkpoint"),
+        ("metrics.json", {"deduplication": {"method": "nms"}}, "are not those of the best checkpoint"),
+        ("metrics.json", {"AP": 7}, "damaged of the best checkpoint"),
+        ("best/config.json", None, "damaged of the best checkpoint"),
+    ],
+)
+def test_figures_that_are_not_the_best_checkpoints_are_measured_anew(
+    tiny_recipe, tmp_path, capsys, file, change, said
+):
+    train(tiny_recipe())
+    path = tmp_path / "run" / file
+    content = None if change is None else json.loads(path.read_text()) | change
+    path.write_text(json.dumps(content))
+    train(tiny_recipe(resume=True))
+    printed = capsys.readouterr().out
+    assert said in printed and "that of step 6 is evaluated in its place" in printed
+    about, metrics = (json.loads((tmp_path / "run" / f"{one}.json").read_text()) for one in ("evaluation", "metrics"))
+    assert (about["weights"], about["step"]) == (weights_digest(tmp_path / "run" / "best"), 6)
+    assert metrics["deduplication"] is None and (metrics["AP"] or 0) <= 1
+
+
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_best_value_on_other_validation_data_is_forgotten(tiny_recipe, tmp_path, capsys, monkeypatch, is_killed):
     """In a finished run; also where the first process that saw the other data was killed before it had evaluated."""

@@ -241,6 +241,12 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     with nullcontext() if processes is None else processes.main_process_first():  # the others find its cache
         dataset, annotations = load_split(args.data, args.split, **places, needs_pictures=args.model is not None)
     output = Path(args.output)
+    of_a_run = (
+        f"output is {args.output!r}, the folder of a training run, whose own figures would be replaced; name another, "
+        f"such as {str(output / args.split)!r}."
+    )
+    if (output / "recipe.yaml").is_file() and args.model is not None:
+        raise ValueError(of_a_run)
     other, calibrators = (None if file is None else read_json(file) for file in (args.against, args.calibrators))
     options = {"top_k": args.top_k, "nms": args.nms, "wta": args.wta}
     asked = {"annotations_file": args.annotations, "top_k": args.top_k, "top_k_ratio": args.top_k_ratio}
@@ -259,6 +265,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         if file.resolve() == written_to.resolve() and file.read_text() != json.dumps(entries):
             raise ValueError(f"{args.detections} would be replaced by what remains of it; name another --output.")
         known = holds_figures(output, metrics, entries) and (output / "evaluation.json").is_file()
+        if not known and (output / "recipe.yaml").is_file():
+            raise ValueError(of_a_run)
         if not known:  # otherwise the files there know more of their origin
             write_figures(metrics, entries, output, about())
     else:

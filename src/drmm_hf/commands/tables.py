@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         for folder, words in commands.items():
             print("drmm", *words, file=sys.stderr, flush=True)
             if not args.dry_run:
+                check_finished(folder, words)
                 if not (folder / "summary.json").is_file():
                     subprocess.run([sys.executable, "-m", "drmm_hf", *words], check=True, stdout=sys.stderr)
                 measure_rest(table, folder)
@@ -92,6 +93,38 @@ def run(args: argparse.Namespace) -> int:
     args.document = as_json(table, blocks)
     print("\n".join(lines_of(table, blocks, markdown_lines if args.markdown else text_lines)))
     return 0
+
+
+def check_finished(folder: Path, words: Sequence[str]) -> None:
+    """Refuse to take a finished run for one with other fields.
+
+    Args:
+        folder (`Path`): Of the run, which may not be there yet.
+        words (`Sequence[str]`): Behind `drmm`, as `training_commands` returns them.
+
+    Raises:
+        ValueError: If the run was made with others; the message names the first.
+    """
+    from ..training.arguments import changed_fields, load_recipe
+    from .train import parse_fields
+
+    if not (folder / "summary.json").is_file():
+        return
+    _, recipe, *options = words
+    fields = parse_fields([word for word in options if word != "--resume"])
+    for option, field in (("data", "source"), ("output", "output_dir")):
+        if option in fields:
+            fields[field] = fields.pop(option)
+    wanted, stored = load_recipe(recipe, fields), load_recipe(folder / "recipe.yaml")
+    for section in ("model", "data", "training"):
+        parts = (getattr(one, section) for one in (stored, wanted))
+        before, now = (part if isinstance(part, dict) else vars(part) for part in parts)
+        for name, was, is_now in changed_fields(before, now):
+            if name not in ("resume", "output_dir"):
+                raise ValueError(
+                    f"{folder} is a finished run with {name} {was!r}, and {is_now!r} is asked for; name another "
+                    "--output, or take the run away."
+                )
 
 
 def resolved_recipe(folder: Path) -> dict[str, Any]:
@@ -193,7 +226,9 @@ def measure_rest(table: Table, folder: Path) -> None:
     from ..evaluation.detections import Detections
     from ..evaluation.files import write_json
     from ..evaluation.likelihood import likelihoods, summarize
+    from ..evaluation.origin import annotations_digest
     from ..evaluation.predict import load_detector
+    from ..evaluation.report_files import read_report
     from ..training.arguments import load_recipe
     from ..training.build import load_split
 
@@ -207,6 +242,12 @@ def measure_rest(table: Table, folder: Path) -> None:
         return
     recipe = load_recipe(folder / "recipe.yaml")
     dataset, annotations = load_split(recipe.data, "val")
+    about = read_report(folder / "evaluation.json")
+    if about and (about.get("step") is None or about["ground_truth"] != annotations_digest(annotations)):
+        raise ValueError(
+            f"{folder}: its figures are of other annotations than {recipe.data.source!r} has now, or not its own; "
+            f"{', '.join(missing)} would not be of the same. Measure it with drmm evaluate {folder / 'best'}."
+        )
     for name in missing:
         if name == "duplicates":
             label_map = LabelMap.from_categories(annotations["categories"])

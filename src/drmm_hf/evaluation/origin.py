@@ -97,5 +97,5 @@ def annotations_digest(annotations: Mapping[str, Any]) -> str:
     lines = [*names.values()]
     for one in annotations["annotations"]:
         kind = names.get(one["image_id"]), classes.get(one["category_id"]), bool(one.get("iscrowd"))
-        lines.append(repr((*kind, *map(float, one["bbox"]))))
+        lines.append(repr((*kind, *map(float, one["bbox"]), one.get("area"))))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

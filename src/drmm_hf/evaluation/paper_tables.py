@@ -308,6 +308,10 @@ def find_results(
             if isinstance(run, str):
                 strangers[place] = run
                 continue
+            twin = _twin(run, runs, digests)
+            if twin is not None:
+                strangers[place] = f"the weights are those of {twin}, a run counts once"
+                continue
             if run not in runs:
                 try:
                     runs[run] = resolve(run)
@@ -323,10 +327,13 @@ def find_results(
             options = _unusual_options(run, about, read_report(place / "metrics.json"))
             key = run, data_name(str(data)), split, about.get("ground_truth"), selects, *sorted(options.items())
             result = found.setdefault(key, Result(run, recipe, key[1], key[2], key[3], options=options))
+            suppressed = read_report(place / "metrics.json").get("deduplication")
             for path in (place / f"{name}.json" for name in _FILES):
                 content = read_report(path)
+                if suppressed and path.stem in ("duplicates", "calibration"):
+                    continue  # of what was left, and so of no row and no figure
                 if content:
-                    applied = path.stem == "metrics" and content.get("deduplication")
+                    applied = path.stem == "metrics" and suppressed
                     name = applied["method"] if applied else path.stem
                     other = result.places.get(name, place)
                     old, new = sorted((other, place), key=lambda one: (one / path.name).stat().st_mtime)
@@ -371,6 +378,15 @@ def _run_of(place: Path, about: Mapping[str, Any], digests: dict[Path, str | Non
     if stale:
         return f"of other weights than {' and '.join(stale)} has now"
     return runs[0] if runs else NO_RUN
+
+
+def _twin(run: Path, runs: Iterable[Path], digests: dict[Path, str | None]) -> Path | None:
+    """Return another run with the same best weights: a copy is no second seed."""
+    for one in (run, *runs):
+        if one / "best" not in digests:
+            digests[one / "best"] = weights_digest(one / "best")
+    mine = digests[run / "best"]
+    return next((one for one in runs if one != run and mine is not None and digests[one / "best"] == mine), None)
 
 
 def _runs_above(start: Path) -> list[Path]:

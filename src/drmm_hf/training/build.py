@@ -88,7 +88,7 @@ def load_split(
     if not len(dataset):
         raise ValueError(f"split {name!r} of {source} has no pictures")
     if split == "train" and not _has_objects(dataset):
-        raise ValueError(f"split {name!r} of {source} has no boxes: nothing can be learnt from it")
+        raise ValueError(f"split {name!r} of {source} has no boxes, crowds aside: nothing can be learnt from it")
     if split == "train":
         return dataset, None
     paths = coco_paths(source, name, images=images, annotations=annotations)
@@ -239,9 +239,10 @@ def training_loader(
 
 
 def _has_objects(dataset: datasets.Dataset) -> bool:
-    """Tell whether any picture has an object."""
+    """Tell whether any picture has an object that is no crowd."""
     rows = dataset.select_columns(["objects"]).with_format("arrow").iter(1000)
-    return any(pc.sum(pc.list_value_length(table["objects"])).as_py() for table in rows)
+    crowds = (pc.struct_field(pc.list_flatten(table["objects"]), "iscrowd") for table in rows)
+    return any(pc.any(pc.equal(one, 0)).as_py() for one in crowds)
 
 
 def _is_held_out(image_id: int, share: float) -> bool:

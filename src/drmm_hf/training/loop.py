@@ -25,9 +25,10 @@ from ..data.labels import LabelMap
 from ..data.problems import Problems
 from ..evaluation.detections import Detections
 from ..evaluation.evaluate import category_of_label, measure
-from ..evaluation.files import run_lock, write_text
-from ..evaluation.origin import origin
+from ..evaluation.files import read_json, run_lock, write_text
+from ..evaluation.origin import origin, weights_digest
 from ..evaluation.predict import predict
+from ..evaluation.report_files import read_report
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..visualization.batch_pictures import save_augmented_pictures
@@ -144,7 +145,10 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         data = {"train": data_fingerprint(train_set), "val": data_fingerprint(val_set)}
     accelerator.register_for_checkpointing(progress, *([] if average is None else [average]))
     if checkpoint is not None:
+        groups = [{name: group[name] for name in group.keys() - {"params"}} for group in optimizer.param_groups]
         load_checkpoint(accelerator, checkpoint)
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)  # the recipe's, which may have changed
         gather_weights(bare_model, whole_model)
         accelerator.print(f"resuming {checkpoint} at step {progress.step}", *changes, sep="\n")
         if accelerator.is_main_process:
@@ -156,7 +160,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
                 "had, and so have those after it"
             )
         accelerator.print(*changed.values(), sep="\n", end="\n" * bool(changed))
-        lost = forget_lost_best(accelerator, output_dir, progress, "val" in changed)
+        lost = settle_best(accelerator, output_dir, progress, training.best_metric, "val" in changed)
     elif training.resume:
         accelerator.print(f"nothing to resume in {output_dir}: starting")
     clock = Clock(accelerator, progress, training)
@@ -350,29 +354,63 @@ def _other_model(output_dir: Path, name: str, before: Any, now: Any) -> ValueErr
     )
 
 
-def forget_lost_best(
-    accelerator: Accelerator, output_dir: Path, progress: Progress, other_data: bool = False
+def settle_best(
+    accelerator: Accelerator, output_dir: Path, progress: Progress, metric: str, other_data: bool = False
 ) -> list[str]:
-    """Let the checkpoint that a run goes on from be evaluated in place of its best one, if that no longer counts.
+    """Let progress and the best checkpoint agree when a run goes on.
+
+    A best checkpoint of a later step, which the run had reached before, stays until an evaluation is better. In the
+    place of one that no longer counts, the checkpoint that the run goes on from is evaluated.
 
     Args:
         accelerator (`Accelerator`): With several processes, all call this; the first one looks.
         output_dir (`Path`): Folder of the run.
-        progress (`Progress`): Where the run stands; changed if the best checkpoint or its figures are missing.
+        progress (`Progress`): Where the run stands; changed if it does not agree.
+        metric (`str`): What decides which checkpoint is the best.
         other_data (`bool`): Whether it was measured on other data than the run has now.
 
     Returns:
-        `list[str]`: Why it is forgotten; empty if it is not.
+        `list[str]`: Why it no longer counts; empty if it does.
     """
-    lost = [name for name in ("best", "metrics.json", "detections.json") if not (output_dir / name).exists()]
-    lost = [f"missing of the best checkpoint (step {progress.best_step}): {', '.join(lost)}"] if lost else []
+    lost, later = [], None
+    if accelerator.is_main_process:
+        lost, later = _look_at_best(output_dir, progress, metric)
     if other_data:
         lost = [f"the best checkpoint (step {progress.best_step}) was measured on other validation data"]
-    (lost,) = broadcast_object_list([lost if progress.best_step is not None else []])
-    if lost:
-        accelerator.print(f"{lost[0]}; that of step {progress.step} is evaluated in its place")
+    lost, later = broadcast_object_list([lost, later])
+    if later is not None and not lost:
+        progress.best_step, progress.best_value = later
+        progress.evaluations_since_best = 0
+        accelerator.print(f"best/ is of step {progress.best_step}; it stays until an evaluation is better")
+    elif lost and (progress.best_step is not None or progress.evaluation_due):
+        if progress.best_step is not None or (output_dir / "best").exists():
+            accelerator.print(f"{lost[0]}; that of step {progress.step} is evaluated in its place")
         progress.best_value, progress.best_step, progress.evaluation_due = None, None, True
-    return lost
+        return lost
+    return []
+
+
+def _look_at_best(output_dir: Path, progress: Progress, metric: str) -> tuple[list[str], tuple[int, float] | None]:
+    """Say what is wrong with the best checkpoint, or its step and value if it is of a later step."""
+    name = f"the best checkpoint (step {progress.best_step or progress.step})"
+    missing = [one for one in ("best", "metrics.json", "detections.json") if not (output_dir / one).exists()]
+    if missing:
+        return [f"missing of {name}: {', '.join(missing)}"], None
+    try:
+        about, metrics = (read_report(output_dir / f"{name}.json") for name in ("evaluation", "metrics"))
+        config = read_json(output_dir / "best" / "config.json")
+    except (OSError, ValueError) as error:
+        return [f"damaged of {name}: {error}"], None
+    if not isinstance(config, dict):
+        return [f"damaged of {name}: config.json"], None
+    if about and (
+        about.get("step") is None
+        or about.get("weights") != weights_digest(output_dir / "best")
+        or metrics.get("deduplication") is not None
+    ):
+        return [f"the figures in {output_dir} are not those of {name}"], None
+    later = about.get("step") or 0
+    return [], (later, metrics[metric] or 0.0) if later > progress.step else None
 
 
 def synchronize_batch_norms(accelerator: Accelerator, model: nn.Module) -> nn.Module:
