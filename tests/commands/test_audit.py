@@ -132,7 +132,12 @@ def test_a_saved_calibration_is_not_used(model_folder, coco_folder, tmp_path, ca
     assert plain.read_text() == other.read_text()
 
 
-def test_data_in_the_place_of_the_model_are_named(model_folder, coco_folder, tmp_path, capsys):
-    assert main(["audit", str(coco_folder), str(model_folder), "--output", str(tmp_path / "out")]) == 2
+def test_data_and_model_may_stand_in_either_order(model_folder, coco_folder, tmp_path, capsys):
+    for places in ((model_folder, coco_folder), (coco_folder, model_folder)):
+        words = ["audit", *map(str, places), "--split", "val", "--output", str(tmp_path / places[0].name)]
+        assert main(words) == 0
+    one, other = (tmp_path / folder.name / "audit.json" for folder in (model_folder, coco_folder))
+    assert one.read_text() == other.read_text()
+    assert main(["audit", str(coco_folder), str(coco_folder), "--output", str(tmp_path / "out")]) == 2
     assert f"model {str(coco_folder)!r} holds no config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser (`argparse.ArgumentParser`): The command's parser.
     """
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a D-RMM model")
-    parser.add_argument("data", metavar="DATA", help="COCO folder, Hub id or image folder")
+    parser.add_argument(
+        "data", metavar="DATA", help="COCO folder, Hub id or image folder; DATA MODEL is understood too"
+    )
     parser.add_argument("--split", default="train", help="split of the data (default: train)")
     parser.add_argument("--output", default="runs/audit", metavar="DIR", help="where to write (default: runs/audit)")
     parser.add_argument("--worst", type=at_least(0), default=100, metavar="N", help="crops on the page, of each kind")
@@ -65,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.predict import load_detector, predict
     from ..evaluation.report import load_split
 
-    source = find_source(args.model)
-    dataset, annotations = load_split(args.data, args.split)
+    name, data = args.model, args.data
+    if (Path(data) / "config.json").is_file() and not (Path(name) / "config.json").is_file():
+        name, data = data, name  # DATA MODEL: only one of the two is a model
+    source = find_source(name)
+    dataset, annotations = load_split(data, args.split)
     planted = None if args.planted is None else read_planted(args.planted, annotations)
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
