@@ -3,7 +3,7 @@
 drmm tables 2 --run scripts/recipes/bccd_study.yaml --data BCCD \
         --backbone-weights LITE0 --seeds 0 1 2 --output runs/study
 drmm tables 3 --run ...                       # and 7, 8, 10, 11; a command that was cut goes on where it was
-python scripts/study.py collect runs/study docs/study/bccd.json
+python scripts/study.py collect runs/study docs/study/bccd.json   # adds to those that the file has
 python scripts/study.py report docs/study/bccd.json docs/results.md
 """
 
@@ -30,14 +30,14 @@ def collect(folder: Path) -> dict[str, dict[str, Figures]]:
         folder (`Path`): With runs in `NAME/seedN`.
 
     Returns:
-        `dict[str, dict[str, dict]]`: By name of the method and seed: `AP`, `AR`, `ECE`, `ECE_0.1`; `NMS` and `WTA`,
-        the AP after these at NMS's best IoU; `shares` and `nll` of each stage; `steps` and `minutes`.
+        `dict[str, dict[str, dict]]`: By name of the method and seed: `AP`, `AP50`, `AP75`, `AR`, `ECE`, `ECE_0.1`;
+        `NMS` and `WTA`, the AP after these at NMS's best IoU; `shares` and `nll` of each stage; `steps` and `minutes`.
     """
     runs: dict[str, dict[str, Figures]] = {}
     for path in sorted(folder.rglob("summary.json")):
         run = path.parent
         metrics, summary = read_report(run / "metrics.json"), read_report(path)
-        figures = {"AP": metrics["AP"], "AR": metrics["AR100"], "ECE": metrics["ECE"], "ECE_0.1": metrics["ECE_0.1"]}
+        figures = {key: metrics[key] for key in ("AP", "AP50", "AP75", "ECE", "ECE_0.1")} | {"AR": metrics["AR100"]}
         swept = read_report(run / "duplicates.json")
         for method in ("nms", "wta") if swept else ():
             best = swept["best_iou_threshold"]
@@ -47,6 +47,22 @@ def collect(folder: Path) -> dict[str, dict[str, Figures]]:
         figures |= {"steps": summary["steps"], "minutes": summary["training_seconds"] / 60}
         runs.setdefault(run.parent.name, {})[run.name] = figures
     return runs
+
+
+def add(folder: Path, file: Path) -> dict[str, dict[str, Figures]]:
+    """Write the figures of a folder's runs to a file, which keeps those of runs that the folder does not have.
+
+    Args:
+        folder (`Path`): See `collect`.
+        file (`Path`): With the figures of all runs.
+
+    Returns:
+        `dict[str, dict[str, dict]]`: What the file has then, as from `collect`.
+    """
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    new = collect(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return write_json({name: kept.get(name, {}) | new.get(name, {}) for name in sorted(kept | new)}, file)
 
 
 @dataclass(frozen=True)
@@ -215,8 +231,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="that file, or the page with the marks")
     args = parser.parse_args()
     if args.what == "collect":
-        args.target.parent.mkdir(parents=True, exist_ok=True)
-        runs = write_json(collect(args.source), args.target)
+        runs = add(args.source, args.target)
         print(f"{sum(map(len, runs.values()))} runs of {len(runs)} methods in {args.target}")
     else:
         rewrite(args.target, args.source.stem, report(json.loads(args.source.read_text(encoding="utf-8"))))

@@ -52,7 +52,7 @@ def test_from_runs_to_the_lines_of_a_page(tmp_path):
     write_run(tmp_path / "runs" / study.BOX / "seed0", 0.9, 0.9, [0.8, 0.6])
     runs = study.collect(tmp_path / "runs")
     assert runs[study.NLL]["seed1"] == {
-        **{"AP": 0.3, "AR": 0.3, "ECE": 0.3, "ECE_0.1": 0.3, "NMS": 0.4, "WTA": 0.4},
+        **{"AP": 0.3, "AP50": 0.3, "AP75": 0.3, "AR": 0.3, "ECE": 0.3, "ECE_0.1": 0.3, "NMS": 0.4, "WTA": 0.4},
         **{"nll": [1.0, 2.0], "shares": [0.8, 0.6], "steps": 100, "minutes": 2.0},
     }
     page = tmp_path / "page.md"
@@ -66,3 +66,14 @@ def test_from_runs_to_the_lines_of_a_page(tmp_path):
     assert f"| {study.MCM} | 2 | 50.50 ± 0.50 |" in text and "0.800 0.900 | 100 | 2 |" in text
     with pytest.raises(ValueError, match="has no lines"):
         study.rewrite(page, "bccd", [])
+
+
+def test_figures_of_runs_that_are_gone_stay_in_the_file(tmp_path):
+    write_run(tmp_path / "first" / study.MCM / "seed0", 0.5, 0.5, [0.8, 0.9])
+    write_run(tmp_path / "second" / study.MCM / "seed1", 0.6, 0.6, [0.8, 0.9])
+    write_run(tmp_path / "third" / study.MCM / "seed0", 0.7, 0.7, [0.8, 0.9])
+    file = tmp_path / "study" / "cells.json"
+    for folder in ("first", "second", "third"):
+        runs = study.add(tmp_path / folder, file)
+    assert {seed: figures["AP"] for seed, figures in runs[study.MCM].items()} == {"seed0": 0.7, "seed1": 0.6}
+    assert json.loads(file.read_text()) == runs
