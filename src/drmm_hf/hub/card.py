@@ -198,7 +198,7 @@ def _introduction(subject: Subject) -> str:
     if processor.calibration:
         rows["calibration"] = "confidences or box scales are corrected by the processor (`drmm calibrate`)"
     if processor.score_threshold is not None:
-        rows["score threshold"] = "saved with the processor, used where a call names none"
+        rows["score threshold"] = _threshold(processor)
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return f"An object detector: {method}, for {_listed(names, 5)}.{meant}\n\n" + "\n".join(lines)
 
@@ -313,9 +313,11 @@ for score, label, box in zip(result["scores"], result["labels"], result["boxes"]
 ```python
 from transformers import pipeline
 
-detector = pipeline("object-detection", model="{name}", trust_remote_code=True)
+detector = pipeline("object-detection", model="{name}", trust_remote_code=True, threshold=None)
 print(detector("picture.jpg"))
 ```
+
+`threshold=None` is {_threshold(subject.processor)}; without it this pipeline has its own, 0.5. A number overrules both.
 
 With drmm-hf, which brings the same classes and runs no code of this repository:
 
@@ -329,6 +331,13 @@ processor = DrmmImageProcessor.from_pretrained("{name}")
 ```bash
 drmm predict {name} picture.jpg
 ```"""
+
+
+def _threshold(processor: DrmmImageProcessor) -> str:
+    if processor.score_threshold is None:
+        return "0.5, the processor's default: no other was saved"
+    each = " of each class" if isinstance(processor.score_threshold, list) else ""
+    return f"the one{each} that `drmm calibrate` saved with the processor"
 
 
 def _origin(subject: Subject) -> list[str]:

@@ -9,7 +9,8 @@ class DrmmObjectDetectionPipeline(ObjectDetectionPipeline):
     """Detect objects in pictures, a batch at a time.
 
     Use it as `pipeline("object-detection", model=..., pipeline_class=DrmmObjectDetectionPipeline)`; the stock class
-    works too, but refuses batches of mixed shapes and cuts boxes to whole pixels. Pictures are resized one by one and
+    works too, but refuses batches of mixed shapes, cuts boxes to whole pixels and has a threshold of its own, 0.5, where
+    it is not made or called with `threshold=None`. Pictures are resized one by one and
     padded together. A larger padding can move a convolutional network's boxes a little (never their frame): take
     `batch_size=1` where figures must not depend on the neighbours.
 
