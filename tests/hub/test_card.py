@@ -103,7 +103,10 @@ def test_where_the_calibration_was_fitted_is_said(subject):
 
 def test_thresholds_and_precision_are_said_in_words(subject):
     assert "| mixed precision | none: float32 throughout |" in write_card(subject)
-    for saved, said in ((None, "0.5, the processor's default"), ([0.2] * 3, "the one of each class that `drmm calibrate`")):
+    for saved, said in (
+        (None, "0.5, the processor's default"),
+        ([0.2] * 3, "the one of each class that `drmm calibrate`"),
+    ):
         text = write_card(replace(subject, processor=DrmmImageProcessor(score_threshold=saved)))
         assert f"`threshold=None` is {said}" in text and "trust_remote_code=True, threshold=None)" in text
 

@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
-from drmm_hf import DrmmConfig
 from drmm_cli import main
+from drmm_hf import DrmmConfig
 from drmm_hf.evaluation.origin import input_settings, weights_digest
 from drmm_hf.hub.results import find_evaluations, find_training
 from trained_run import HOME, HOST, make_evaluation, make_run
@@ -95,9 +95,7 @@ def test_what_brings_dropped_figures_back_is_said(best, monkeypatch):
     found, left_out = find(best, calibration={"scale_factor": 3.0})
     test, own = (reason.partition("; to have such figures: ")[2] for reason in left_out.values())
     assert not found and own == f"drmm evaluate cells/best {HOME}/data/cells --split val --output cells/val"
-    assert test == (
-        "drmm evaluate cells/best 'my cells' --split test --output cells/test --coverage --thresholds"
-    )
+    assert test == ("drmm evaluate cells/best 'my cells' --split test --output cells/test --coverage --thresholds")
     assert main(["evaluate", *shlex.split(test)[2:], "--freedom", "0"]) == 2  # understood: it is for --detections
 
 

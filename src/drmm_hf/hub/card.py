@@ -323,7 +323,8 @@ detector = pipeline("object-detection", model="{name}", trust_remote_code=True, 
 print(detector("picture.jpg"))
 ```
 
-`threshold=None` is {_threshold(subject.processor)}; without it this pipeline has its own, 0.5. A number overrules both.
+`threshold=None` is {_threshold(subject.processor)};
+without it the pipeline has its own, 0.5. A number overrules both.
 
 With drmm-hf, which brings the same classes and runs no code of this repository:
 
