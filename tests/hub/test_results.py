@@ -93,7 +93,7 @@ def test_what_brings_dropped_figures_back_is_said(best, monkeypatch):
         (best.parent / "test" / f"{name}.json").write_text('{"not_measured": "nothing"}')
     make_evaluation(best.parent, best, split=None)
     found, left_out = find(best, calibration={"scale_factor": 3.0})
-    test, own = (reason.partition("; to have such figures: ")[2] for reason in left_out.values())
+    test, own = (reason.partition("; measure again: ")[2] for reason in left_out.values())
     assert not found and own == f"drmm evaluate cells/best {HOME}/data/cells --split val --output cells/val"
     assert test == ("drmm evaluate cells/best 'my cells' --split test --output cells/test --coverage --thresholds")
     assert main(["evaluate", *shlex.split(test)[2:], "--freedom", "0"]) == 2  # understood: it is for --detections

@@ -240,7 +240,7 @@ def _again(evaluation: Evaluation, folder: Path) -> str:
     # The figures of a training run are its own, and stay where they are.
     words += ["--output", _short(place / evaluation.split if evaluation.chose else place)]
     words += [option for name, option in _OPTIONS.items() if (place / f"{name}.json").is_file()]
-    return f"to have such figures: {shlex.join(words)}"
+    return f"measure again: {shlex.join(words)}"
 
 
 def _short(path: Path) -> str:
