@@ -45,7 +45,8 @@ def model():
 @pytest.fixture(scope="module")
 def processor():
     calibration = {"scores": {"method": "temperature", "temperature": 0.8}, "scale_factor": 1.5}
-    return DrmmImageProcessor(size={"shortest_edge": 40, "longest_edge": 66}, calibration=calibration)
+    size = {"shortest_edge": 40, "longest_edge": 66}
+    return DrmmImageProcessor(size=size, calibration=calibration, score_threshold=[0.1, 0.2, 1.0])
 
 
 def read(folder, name):
@@ -74,6 +75,8 @@ def test_same_numbers_where_the_package_is_absent(model, processor, tmp_path):
         for name, tensor in tensors.items():
             assert torch.equal(answer[part][name], tensor), (part, name)
     assert [row["score"] for row in answer["detections"]] == result["scores"].tolist()
+    saved = processor.post_process_object_detection(outputs, None, [image.shape[:2]])[0]["scores"].tolist()
+    assert [row["score"] for row in answer["above_saved"]] == saved and 0 < len(saved) < len(answer["detections"])
 
 
 def test_the_folder_is_what_transformers_would_publish(model, processor, tmp_path, monkeypatch):

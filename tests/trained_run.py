@@ -5,7 +5,6 @@ import shlex
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 from conftest import tiny_config
@@ -13,6 +12,8 @@ from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.evaluation.detections import Detections
 from drmm_hf.evaluation.evaluate import measure
+from drmm_hf.evaluation.origin import annotations_digest
+from drmm_hf.training.arguments import dump_yaml
 
 
 HOME = "/home/jane"
@@ -45,7 +46,8 @@ def make_run(run, decoder="sparse_rcnn", **fields):
     (run / "run.lock").write_text(f"process 7 on {HOST}\n")
     data = {"source": f"{HOME}/data/cells", "val_split": "val", "holdout": None, "overfit": None}
     training = {"output_dir": str(run), "backbone_weights": f"{HOME}/w.safetensors", "batch_size": 8, "seed": 0}
-    (run / "recipe.yaml").write_text(yaml.safe_dump({"model": {}, "data": data, "training": training}))
+    training |= {"mixed_precision": "no"}
+    (run / "recipe.yaml").write_text(dump_yaml({"model": {}, "data": data, "training": training}))
     command = ["drmm", "train", f"{HOME}/r.yaml", "--data", f"{HOME}/data/cells", f"--tracker=http://jane@{HOST}/t"]
     record = {"started": "2026-11-28T14:08:50+00:00", "command": shlex.join(command), "working_directory": HOME}
     record |= {"versions": {"torch": "2.14.1"}, "data": {"train": {"num_images": 205, "num_objects": 2804}}}
@@ -73,7 +75,8 @@ def make_evaluation(folder, model, /, split="test", **changes):
     detections = Detections.from_coco(entries, LabelMap.from_categories(categories), [1])
     metrics = measure(detections, annotations, {label: label for label in NAMES}, folder)
     about = {"model": model and str(model), "data": f"{HOME}/data/cells", "split": split, "top_k_ratio": None}
-    about |= {"top_k": 100, "dtype": None}
+    about |= {"top_k": 100, "dtype": None, "weights": None, "input": None}
+    about |= {"annotations": None, "ground_truth": annotations_digest(annotations), "step": None}
     about |= {name: changes.pop(name) for name in [*changes] if name in about}
     if split is not None:  # otherwise they are the run's own
         (folder / "evaluation.json").write_text(json.dumps(about))

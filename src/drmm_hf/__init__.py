@@ -4,7 +4,6 @@ Importing the package registers its classes with transformers' Auto classes and 
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
-from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from .modeling.configuration_drmm import DrmmConfig
 from .modeling.image_processing_drmm import DrmmImageProcessor
@@ -26,5 +25,3 @@ AutoConfig.register("drmm", DrmmConfig, exist_ok=True)
 AutoModel.register(DrmmConfig, DrmmModel, exist_ok=True)
 AutoModelForObjectDetection.register(DrmmConfig, DrmmForObjectDetection, exist_ok=True)
 AutoImageProcessor.register(DrmmConfig, image_processor_classes={"torchvision": DrmmImageProcessor}, exist_ok=True)
-# The object-detection pipeline checks this table of names; without the entry it logs that the model is not supported.
-MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["drmm"] = "DrmmForObjectDetection"

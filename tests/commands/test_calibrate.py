@@ -8,6 +8,7 @@ import pytest
 
 from drmm_cli import main
 from drmm_hf import DrmmForObjectDetection, DrmmImageProcessor
+from drmm_hf.commands.calibrate import certainty
 from drmm_hf.data.coco import load_detection_dataset
 from drmm_hf.evaluation.predict import predict
 from drmm_hf.evaluation.recalibration import Calibrator
@@ -99,6 +100,15 @@ def test_the_default_is_what_is_best_on_held_out_pictures(folder, coco, capsys, 
     assert sum("chosen" in line for line in lines) == 1
 
 
+def test_a_confidence_of_one_says_how_many_predictions_it_is_of():
+    fitted = {"method": "isotonic", "scores": [0.1, 0.2, 0.7, 0.9], "calibrated": [0.0, 0.5, 1.0, 1.0]}
+    said = certainty({"calibration": {"scores": fitted}}, [0.05, 0.69, 0.7, 0.8, 0.9])
+    assert "of 0.700 and more become 1.000, since the 3 such predictions" in said
+    for other in (fitted | {"calibrated": [0.0, 0.5, 0.9, 0.9]}, {"method": "temperature", "temperature": 2.0}, None):
+        assert certainty({"calibration": {"scores": other}}, [0.9]) is None
+    assert certainty({"calibration": None}, [0.9]) is None
+
+
 def test_evaluate_says_what_it_measures(folder, coco, tmp_path, capsys):
     arguments = ["evaluate", str(folder), str(coco), "--output", str(tmp_path / "out"), "--calibration", "--coverage"]
     assert main(arguments) == 0
@@ -106,7 +116,7 @@ def test_evaluate_says_what_it_measures(folder, coco, tmp_path, capsys):
     assert "measured as the processor" not in said and "calibrators.json" in said.splitlines()[-1]
     fitted = json.loads((tmp_path / "out" / "calibrators.json").read_text())
     report = json.loads((tmp_path / "out" / "coverage.json").read_text())
-    assert fitted["scale_factor"] == report["best_scale_factor"]
+    assert fitted["scale_factor"] == report["best_scale_factor"] and report["saved_scale_factor"] is None
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["calibration"] is None
 
     assert main(["calibrate", str(folder), str(coco)]) == 0
@@ -122,9 +132,31 @@ def test_evaluate_says_what_it_measures(folder, coco, tmp_path, capsys):
     metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert metrics["calibration"]["scale_factor"] == fitted["scale_factor"]
 
+    assert again["saved_scale_factor"] == fitted["scale_factor"]
+    assert json.loads((tmp_path / "again" / "calibration.json").read_text())["saved_scores"] == "temperature"
+    # What is measured again from its detections is still of calibrated ones.
+    saved = ["evaluate", str(coco), "--detections", str(tmp_path / "again" / "detections.json"), *arguments[3:]]
+    assert main(saved) == 0 and "scores are calibrated" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again" / "coverage.json").read_text()) == again
+    assert not (tmp_path / "again" / "calibrators.json").exists()
+
     files = ["--calibrators", str(tmp_path / "out" / "calibrators.json")]
     assert main(["evaluate", str(folder), str(coco), *files]) == 2
     assert "the model's processor calibrates already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [None, 0.05, [0.1, 0.2]])
+def test_the_picture_of_an_evaluation_takes_the_saved_thresholds(saved, folder, coco, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "drmm_hf.visualization.evaluation_pictures.draw_detections",
+        lambda entries, annotations, pictures, path, thresholds: given.append(thresholds) or path.touch() or path,
+    )
+    settings = DrmmImageProcessor.from_pretrained(folder, score_threshold=saved)
+    settings.save_pretrained(folder)
+    assert main(["evaluate", str(folder), str(coco), "--output", str(tmp_path / "out")]) == 0
+    each = saved if isinstance(saved, list) else [saved] * 2
+    assert given == [None if saved is None else dict(zip((3, 8), each, strict=True))]
 
 
 def test_coverage_of_saved_detections(folder, coco, tmp_path, capsys):

@@ -563,6 +563,32 @@ def test_why_pictures_are_left_out_is_said_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["a model", "results with pictures", "results alone"])
+def test_boxes_written_as_corners_are_refused_before_the_work(
+    kind, drmm_folder, coco_folder, results, tmp_path, capsys, monkeypatch
+):
+    """Every figure would be of other objects; COCO's boxes without area, in contrast, count as they always did."""
+    data = shutil.copytree(coco_folder, tmp_path / "data")
+    file = data / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    first = content["images"][0]
+    box = [first["width"] * 0.4, first["height"] * 0.4, first["width"] * 0.9, first["height"] * 0.9]
+    template = content["annotations"][0] | {"image_id": first["id"], "bbox": box}
+    content["annotations"] = [template | {"id": index} for index in range(10)]
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr("drmm_hf.evaluation.evaluate.predict_parts", None)
+    monkeypatch.setattr("drmm_hf.evaluation.evaluate.figures", None)
+    words = {
+        "a model": [str(drmm_folder), str(data)],
+        "results with pictures": [str(data), "--detections", str(results)],
+        "results alone": [str(file), "--detections", str(results)],
+    }
+    assert main(["evaluate", *words[kind], "--output", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "10 of 10 boxes end beyond their picture" in line and "write [left, top, width, height]" in line
+    assert not (tmp_path / "out").exists()
+
+
 NO_ROOM = {
     "a part": ("numpy.savez", "parts/[0-9a-f]{16}/000000.npz"),
     "detections.json": ("drmm_hf.evaluation.output_folder.write_json", ""),

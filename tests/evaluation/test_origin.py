@@ -1,10 +1,11 @@
 """Digests tell weights and annotations from others of the same name, and from nothing else."""
 
+import json
 import random
 
 import pytest
 
-from drmm_hf.evaluation.origin import annotations_digest, origin, weights_digest
+from drmm_hf.evaluation.origin import annotations_digest, input_settings, origin, other_input, weights_digest
 
 
 ANNOTATIONS = {
@@ -57,3 +58,21 @@ def test_weights_are_those_that_are_loaded(tmp_path):
     about = origin(tmp_path, "data", "val", ANNOTATIONS, step=7)
     assert about["weights"] == weights_digest(tmp_path) and about["ground_truth"] == annotations_digest(ANNOTATIONS)
     assert origin(None, "data", "val", ANNOTATIONS)["weights"] is None
+
+
+def test_the_input_is_what_the_processor_says_of_it(tmp_path):
+    path, size = tmp_path / "preprocessor_config.json", {"shortest_edge": 240}
+    assert input_settings(tmp_path) is None and other_input({"input": {"size": size}}, tmp_path) is None
+    path.write_text(json.dumps({"size": size, "do_pad": True, "score_threshold": 0.3, "calibration": {}}))
+    about = json.loads(json.dumps(origin(tmp_path, "data", "val", ANNOTATIONS)))
+    assert about["input"] == {"do_pad": True, "size": size} and other_input(about, tmp_path) is None
+    path.write_text(json.dumps({"size": size, "do_pad": True, "score_threshold": 0.5, "auto_map": {}}))
+    assert other_input(about, tmp_path) is None
+    path.write_text(json.dumps({"size": {"shortest_edge": 480}, "size_divisor": 32, "do_pad": True}))
+    assert other_input(about, tmp_path) == (
+        "size {'shortest_edge': 240} instead of {'shortest_edge': 480}, size_divisor None instead of 32"
+    )
+    del about["input"]  # of an earlier version
+    assert other_input(about, tmp_path) is None and origin(None, "data", "val", ANNOTATIONS)["input"] is None
+    path.write_text("[]")
+    assert input_settings(tmp_path) is None

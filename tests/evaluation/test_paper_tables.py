@@ -361,6 +361,19 @@ def write_weights(run, content):
     return weights_digest(run / "best")
 
 
+def test_an_evaluation_at_another_input_size_is_no_result(tmp_path):
+    run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
+    digest = write_weights(run, b"first")
+    (run / "best" / "preprocessor_config.json").write_text(json.dumps({"size": 240, "score_threshold": 0.3}))
+    same, other, older = (run / name for name in ("same", "other", "older"))
+    for place, split, known in ((same, "val", {"size": 240}), (other, "test", {"size": 480}), (older, "train", None)):
+        write_evaluation(place, run / "best", metrics(0.4), split, weights=digest, input=known)
+    results, strangers = find_results([tmp_path], resolved_recipe)
+    assert {result.split for result in results} == {"val", "train"}
+    where = run.resolve() / "best"
+    assert strangers == {other.resolve(): f"of another input than {where} has now: size 480 instead of 240"}
+
+
 def test_an_evaluation_of_weights_that_training_has_replaced_is_no_result(tmp_path):
     run = write_run(tmp_path / "a", SMALL, {"source": "bccd"}, metrics=metrics(0.5))
     digest = write_weights(run, b"first")

@@ -48,6 +48,10 @@ def test_the_header_holds_the_figures_as_they_are(subject):
     header = yaml.safe_load(text.split("---\n")[1])
     (index,) = header["model-index"]
     assert index["name"] == "cells" and index["results"][0]["task"]["type"] == "object-detection"
+    # A bare name would be that of a data set on the Hub, which these are not.
+    assert index["results"][0]["dataset"] == {"name": "cells", "type": "local", "split": "test"}
+    on_hub = replace(subject, evaluations=[replace(subject.evaluations[0], data="me/cells")])
+    assert card_data(on_hub)["eval_results"][0].dataset_type == "me/cells"
     assert index["results"][0]["metrics"][0] == {"type": "AP", "value": read["cells", "test", "AP"], "name": "AP"}
     assert check_card(text, card_data(subject).get("eval_results")) == []
 
@@ -66,7 +70,7 @@ def test_every_figure_of_the_text_is_in_a_file(subject):
     assert "model-index" not in without and "ECE" not in without
     body = re.sub(r"```.*?```", "", without.split("---\n", 2)[2], flags=re.DOTALL)
     numbers = {float(number) for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", body)}
-    assert numbers <= {2.0}, numbers  # of Apache-2.0
+    assert numbers <= {2.0, 0.5}, numbers  # of Apache-2.0 and of transformers' pipeline
 
 
 def test_every_number_of_the_result_table_is_of_its_file(subject):
@@ -76,6 +80,35 @@ def test_every_number_of_the_result_table_is_of_its_file(subject):
         names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ECE", "ECE_0.1")
         assert cells == ["-" if one.metrics[name] is None else f"{100 * one.metrics[name]:.2f}" for name in names]
     assert "-" in cells  # no small objects
+
+
+def test_where_the_calibration_was_fitted_is_said(subject):
+    test, _ = subject.evaluations
+    assert "calibration was fitted" not in write_card(subject)
+    mine, others = (
+        {"scale_factor": 2.0, "fitted_on": {"num_images": 87, "pictures": pictures}}
+        for pictures in (test.about["ground_truth"], "0" * 64)
+    )
+    for calibration, said, marked in (
+        (others, "fitted on 87 pictures of another split than the figures", False),
+        (mine, "fitted on the pictures of cells, test", True),
+        ({"scale_factor": 2.0}, "fitted on pictures that no file names", False),
+    ):
+        reports = {"metrics": test.metrics | {"calibration": calibration}}
+        processor = DrmmImageProcessor(calibration=calibration)
+        text = write_card(replace(subject, processor=processor, evaluations=[replace(test, reports=reports)]))
+        assert said in text and ("| [cells, test](results/cells_test/metrics.json) (2) |" in text) == marked
+        assert "Figures were measured on cells (test) only" in text
+
+
+def test_thresholds_and_precision_are_said_in_words(subject):
+    assert "| mixed precision | none: float32 throughout |" in write_card(subject)
+    for saved, said in (
+        (None, "0.5, the processor's default"),
+        ([0.2] * 3, "the one of each class that `drmm calibrate`"),
+    ):
+        text = write_card(replace(subject, processor=DrmmImageProcessor(score_threshold=saved)))
+        assert f"`threshold=None` is {said}" in text and "trust_remote_code=True, threshold=None)" in text
 
 
 def test_undefined_figures_are_not_indexed(subject):

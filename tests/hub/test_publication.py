@@ -13,6 +13,7 @@ from drmm_hf.conversion.model_card import model_card
 from drmm_hf.hub.card import is_untouched
 from drmm_hf.hub.check import check_folder
 from drmm_hf.hub.publication import prepare
+from drmm_hf.training.arguments import load_yaml
 from trained_run import HOST, NAMES, make_evaluation, make_run
 
 
@@ -55,6 +56,11 @@ def test_no_place_no_user_and_no_host_is_in_any_file(published, run):
         content = (published.folder / name).read_bytes()
         for private in ("jane", HOST, "server7", str(run.parent), "optimizer.bin"):
             assert private.encode() not in content, (name, private)
+
+
+def test_the_recipe_is_the_run_s_own(published, run):
+    recipe = load_yaml((published.folder / "training" / "recipe.yaml").read_text(), "recipe.yaml")
+    assert recipe["training"]["mixed_precision"] == "no"  # which yaml 1.1 reads as false
 
 
 def test_names_of_classes_stay_whatever_they_look_like(published):
@@ -209,6 +215,10 @@ def replace_text(name, old, new):
         (spoil_shape, "1 tensors are of another shape"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 9), "cannot be read"),
         (replace_text("config.json", '"num_queries": 12', '"num_queries": -1'), "settings that cannot be read"),
+        *(
+            (lambda folder, name=name: (folder / name).write_text("[]"), f"cannot be read: {name} is no json object")
+            for name in ("config.json", "preprocessor_config.json")
+        ),
         (replace_text("config.json", "modeling_drmm.DrmmModel", "elsewhere.DrmmModel"), "auto_map"),
         (
             replace_text("preprocessor_config.json", '"do_pad": true', '"do_pad": true, "score_threshold": [0.5]'),

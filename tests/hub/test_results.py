@@ -1,10 +1,12 @@
 import json
 import os
+import shlex
 
 import pytest
 
+from drmm_cli import main
 from drmm_hf import DrmmConfig
-from drmm_hf.evaluation.origin import weights_digest
+from drmm_hf.evaluation.origin import input_settings, weights_digest
 from drmm_hf.hub.results import find_evaluations, find_training
 from trained_run import HOME, HOST, make_evaluation, make_run
 
@@ -42,6 +44,7 @@ def test_evaluations_beside_the_model_and_the_run_s_own(best):
         ({"top_k_ratio": 0.9}, "with top_k_ratio 0.9"),
         ({"deduplication": {"method": "nms", "iou_threshold": 0.5}}, "with NMS"),
         ({"calibration": {"scale_factor": 2.0}}, "another calibration"),
+        ({"input": {"size": {"shortest_edge": 99}}}, "size {'shortest_edge': 99} instead of {"),
         ({"AP_per_class": {"cat": 0.5}}, "classes"),
     ],
 )
@@ -81,6 +84,39 @@ def test_figures_of_other_weights_are_never_published(best):
     assert not found and "of other weights" in left_out[place.resolve()]
     with pytest.raises(ValueError, match="of other weights"):
         find(best, given=[place])
+
+
+def test_what_brings_dropped_figures_back_is_said(best, monkeypatch):
+    monkeypatch.chdir(best.parent.parent)
+    make_evaluation(best.parent / "test", best, calibration={"scale_factor": 2.0}, data="my cells")
+    for name in ("coverage", "thresholds"):
+        (best.parent / "test" / f"{name}.json").write_text('{"not_measured": "nothing"}')
+    make_evaluation(best.parent, best, split=None)
+    found, left_out = find(best, calibration={"scale_factor": 3.0})
+    test, own = (reason.partition("; measure again: ")[2] for reason in left_out.values())
+    assert not found and own == f"drmm evaluate cells/best {HOME}/data/cells --split val --output cells/val"
+    assert test == ("drmm evaluate cells/best 'my cells' --split test --output cells/test --coverage --thresholds")
+    assert main(["evaluate", *shlex.split(test)[2:], "--freedom", "0"]) == 2  # understood: it is for --detections
+
+
+def test_calibration_and_thresholds_are_no_input(best):
+    """What `drmm calibrate` changes makes the figures of another calibration, not of another input."""
+    make_evaluation(best.parent / "test", best, input=input_settings(best))
+    settings = json.loads((best / "preprocessor_config.json").read_text())
+    assert input_settings(best)["size"] == settings["size"]
+    (best / "preprocessor_config.json").write_text(json.dumps(settings | {"score_threshold": 0.2}))
+    assert len(find(best)[0]) == 1
+    (best / "preprocessor_config.json").write_text(json.dumps(settings | {"size_divisor": 64}))
+    assert "size_divisor 32 instead of 64" in find(best)[1][(best.parent / "test").resolve()]
+
+
+def test_the_pictures_that_chose_the_checkpoint_are_known_when_they_are_measured_again(best):
+    make_evaluation(best.parent, best, split="val", step=7)
+    make_evaluation(best.parent / "again", best, split="val")
+    make_evaluation(best.parent / "test", best, ground_truth="0" * 64)
+    test, again = find(best)[0]
+    assert (test.split, test.chose) == ("test", False)
+    assert (again.folder.name, again.chose) == ("again", True)
 
 
 def test_of_one_split_the_newest_figures_stand(best):

@@ -110,6 +110,18 @@ class TestStockPipeline:
             assert row["label"] == ("circle", "square", "star")[label]
             assert list(row["box"].values()) == box.int().tolist()
 
+    def test_takes_the_saved_threshold_where_it_is_told_to(self, folder, tmp_path):
+        """What the documentation says of it: its own 0.5, unless `threshold=None` lets the processor choose."""
+        shutil.copytree(folder, tmp_path / "model")
+        saved = DrmmImageProcessor.from_pretrained(folder, score_threshold=[0.0, 0.0, 1.0])
+        saved.save_pretrained(tmp_path / "model")
+        image, labels = picture(60, 45), lambda found: sorted({row["label"] for row in found})
+        stock = pipeline("object-detection", model=str(tmp_path / "model"))
+        told = pipeline("object-detection", model=str(tmp_path / "model"), threshold=None)
+        assert stock(image) == stock(image, threshold=0.5) == told(image, threshold=0.5) != told(image)
+        assert labels(told(image)) == labels(stock(image, threshold=None)) == ["circle", "square"]
+        assert told(image) == [row for row in stock(image, threshold=0.0) if row["label"] != "star"]
+
     def test_the_task_is_not_registered_again(self):
         task = PIPELINE_REGISTRY.check_task("object-detection")[1]
         assert ObjectDetectionPipeline.__name__ in str(task["impl"])

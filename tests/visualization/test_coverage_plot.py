@@ -27,3 +27,13 @@ def test_a_panel_a_group_and_lines_where_the_figures_are(tmp_path):
         return np.nonzero(blue[:, : pixels.shape[1] // 2])[0].mean()
 
     assert height(one) < height(low) - 50
+
+
+def test_the_title_says_whether_the_scales_are_corrected(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title, **_: titles.append(title))
+    report = {"levels": np.linspace(0.05, 0.95, 19).tolist(), "predicted": group(0.3, 1.0)}
+    for saved in (None, 0.741):
+        coverage_diagram(report | {"saved_scale_factor": saved}, tmp_path / "one.png")
+    coverage_diagram(report | {"rescaled": group(0.0, 1.5)}, tmp_path / "one.png")  # of an earlier version
+    assert titles == ["As predicted", "Calibrated, scales times 0.74", "As predicted", "Scales times 1.50"]

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,9 @@ def run(args: argparse.Namespace) -> int:
                 f"little: {', '.join(rare)}",
                 file=sys.stderr,
             )
+    certain = certainty(fields, [entry["score"] for entry in entries])
+    if certain is not None:
+        print(f"drmm calibrate: warning: {certain}", file=sys.stderr)
     args.document = fields | {"scores": method, "held_out": errors, "num_pictures": len(dataset)}
     if args.scores == "auto":
         print(f"{choice(errors, method)}\n")
@@ -145,6 +148,27 @@ def save_fields(path: str | Path, fields: Mapping[str, Any]) -> None:
     settings = {name: value for name, value in settings.items() if name not in fields or value is not None}
     DrmmImageProcessor(**fields)  # what it refuses is not written
     write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def certainty(fields: Mapping[str, Any], scores: Sequence[float]) -> str | None:
+    """Say where confidences become exactly 1, and from how many predictions that was concluded.
+
+    Args:
+        fields (`Mapping`): `calibration` of a processor.
+        scores (`Sequence[float]`): Confidences that it was fitted to.
+
+    Returns:
+        `str` or None: A line; None if none become 1.
+    """
+    fitted = (fields["calibration"] or {}).get("scores") or {}
+    if fitted.get("method") != "isotonic" or fitted["calibrated"][-1] < 1:
+        return None
+    first = fitted["scores"][fitted["calibrated"].index(1)]
+    count = sum(score >= first for score in scores)
+    return (
+        f"confidences of {first:.3f} and more become 1.000, since the {count} such predictions here were all right; "
+        "that is no certainty about others"
+    )
 
 
 def choice(errors: Mapping[str, Mapping[str, float]], method: str) -> str:

@@ -225,7 +225,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         `int`: 0.
     """
     from ..evaluation.assignments import assignments, check_matching
-    from ..evaluation.evaluate import category_of_label, class_table, evaluate, figures
+    from ..evaluation.evaluate import category_of_label, class_table, evaluate, figures, saved_thresholds
     from ..evaluation.files import read_json, whole_files, write_text
     from ..evaluation.likelihood import check_density
     from ..evaluation.origin import origin
@@ -252,7 +252,7 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     asked = {"annotations_file": args.annotations, "top_k": args.top_k, "top_k_ratio": args.top_k_ratio}
     about = partial(origin, source, args.data, args.split, annotations, dtype=args.dtype, **asked)
 
-    calibration, freedom = None, 1.0 if args.freedom is None else args.freedom
+    calibration, thresholds, freedom = None, None, 1.0 if args.freedom is None else args.freedom
     if args.model is None:
         if calibrators is not None:
             check_calibrators(calibrators, annotations)
@@ -267,7 +267,9 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
         known = holds_figures(output, metrics, entries) and (output / "evaluation.json").is_file()
         if not known and (output / "recipe.yaml").is_file():
             raise ValueError(of_a_run)
-        if not known:  # otherwise the files there know more of their origin
+        if known:  # the files there know more of their origin
+            calibration = metrics["calibration"] = read_json(output / "metrics.json").get("calibration")
+        else:
             write_figures(metrics, entries, output, about())
     else:
         model, processor = load_detector(source, args.device if processes is None else processes.device, args.dtype)
@@ -291,7 +293,8 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
             model.config.top_k_ratio = args.top_k_ratio
             model.config.validate_architecture()
         categories = annotations["categories"]
-        classes = class_table(model.config, categories, category_of_label(model.config, categories))
+        mapping = category_of_label(model.config, categories)
+        classes, thresholds = class_table(model.config, categories, mapping), saved_thresholds(processor, mapping)
         if processes is None or processes.is_main_process:
             print(classes, flush=True)
         options |= {"batch_size": args.batch_size, "processes": processes}
@@ -306,10 +309,11 @@ def evaluate_split(args: argparse.Namespace, source: str | None, processes: Part
     written = ["evaluation.json", "detections.json"]
     if dataset is not None:
         with whole_files(output) as aside:
-            written.append(draw_detections(entries, annotations, examples(dataset), aside / "detections.jpg").name)
+            drawn = draw_detections(entries, annotations, examples(dataset), aside / "detections.jpg", thresholds)
+            written.append(drawn.name)
     asked = {"thresholds": args.thresholds, "calibration": args.calibration, "duplicates": args.sweep}
     asked |= {"calibrators": calibrators, "breakdown": args.breakdown, "coverage": args.coverage}
-    asked |= {"freedom": freedom, "calibrated": bool(calibration)}
+    asked |= {"freedom": freedom, "saved": calibration}
     reports = chain([("metrics", metrics)], analyse(entries, annotations, output, args.top_k, **asked))
     if args.losses or other is not None:
         losses = measure_likelihood(model, processor, dataset, annotations, output, args.batch_size)

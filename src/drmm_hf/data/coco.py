@@ -42,6 +42,7 @@ from .yolo import yolo_splits
 
 __all__ = [
     "FEATURES",
+    "annotation_problems",
     "canonical_dataset",
     "categories",
     "coco_paths",
@@ -205,6 +206,24 @@ def coco_paths(
     names = _annotations(Path(annotations), Problems())["file_name"]
     candidates = _image_folders(Path(source), split) if images is None else [Path(images)]
     return Path(annotations), _folder_of(names, candidates, annotations)
+
+
+def annotation_problems(annotation_file: str | Path) -> dict[str, dict[str, Any]]:
+    """Say what is wrong with a COCO file, without its pictures.
+
+    Args:
+        annotation_file (`str` or `Path`): The file.
+
+    Returns:
+        `dict`: As `left_out` returns it.
+
+    Raises:
+        ValueError: If it is no COCO file.
+        FileNotFoundError: If it does not exist.
+    """
+    problems = Problems()
+    _annotations(Path(annotation_file), problems)
+    return problems.found
 
 
 def save_coco(dataset: Dataset, folder: str | Path, split: str) -> Path:

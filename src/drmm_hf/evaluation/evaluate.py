@@ -273,6 +273,22 @@ def category_of_label(config: Any, categories: Sequence[Mapping[str, Any]]) -> d
     return mapping
 
 
+def saved_thresholds(processor: Any, mapping: Mapping[int, int]) -> dict[int, float] | None:
+    """Return the score thresholds that a processor has saved, by the categories of a dataset.
+
+    Args:
+        processor (`Any`): Image processor of a model.
+        mapping (`Mapping[int, int]`): From `category_of_label`.
+
+    Returns:
+        `dict[int, float]` or None: Threshold of each category id; None if none was saved.
+    """
+    saved = getattr(processor, "score_threshold", None)
+    if saved is None:
+        return None
+    return {category_id: saved[label] if isinstance(saved, list) else saved for label, category_id in mapping.items()}
+
+
 def class_table(
     config: Any, categories: Sequence[Mapping[str, Any]], mapping: Mapping[int, int], most: int = 100
 ) -> str:

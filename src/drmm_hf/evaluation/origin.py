@@ -1,4 +1,4 @@
-"""What an evaluation is of: which weights, on which annotations, asked in which way."""
+"""What an evaluation is of: which weights and input, on which annotations, asked in which way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .files import read_json
+
+
+# Settings of a processor that change nothing of what the network sees: names of classes, and what comes after it.
+_NOT_SEEN = {"calibration", "score_threshold", "auto_map", "processor_class"}
+_NOT_SEEN |= {"image_processor_type", "feature_extractor_type"}
 
 
 def origin(
@@ -36,12 +43,13 @@ def origin(
         step (`int`, *optional*): Step of the training run that chose its best checkpoint by these figures.
 
     Returns:
-        `dict`: The arguments, with `weights` and `ground_truth`, the digests of weights and annotations: names and
-        paths alone do not tell a model or data from what stood there before.
+        `dict`: The arguments, with `weights` and `ground_truth`, the digests of weights and annotations, and `input`,
+        from `input_settings`: names and paths alone do not tell a model or data from what stood there before.
     """
     return {
         "model": None if model is None else str(model),
         "weights": None if model is None else weights_digest(model),
+        "input": None if model is None else input_settings(model),
         "revision": revision,
         "data": data,
         "split": split,
@@ -81,6 +89,42 @@ def weights_digest(folder: str | Path) -> str | None:
             for block in iter(lambda: file.read(1 << 20), b""):  # noqa: B023
                 digest.update(block)
     return digest.hexdigest() if files else None
+
+
+def input_settings(folder: str | Path) -> dict[str, Any] | None:
+    """Return the settings of a model folder's processor that decide what the network sees, such as the input size.
+
+    Args:
+        folder (`str` or `Path`): Of the model.
+
+    Returns:
+        `dict` or None: What `preprocessor_config.json` says of it; None if there is no such file, as of a Hub id.
+
+    Raises:
+        ValueError: If the file is no valid json.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    settings = read_json(path) if path.is_file() else None
+    if not isinstance(settings, dict):
+        return None
+    return {name: value for name, value in sorted(settings.items()) if name not in _NOT_SEEN}
+
+
+def other_input(about: Mapping[str, Any], folder: str | Path) -> str | None:
+    """Say in what an evaluation gave the network another input than the processor of a model folder does now.
+
+    Args:
+        about (`Mapping`): From `origin`; files of earlier versions have no `input`.
+        folder (`str` or `Path`): Of the model.
+
+    Returns:
+        `str` or None: The settings with both values; None if they agree, or if one side is not known.
+    """
+    then, now = about.get("input"), input_settings(folder)
+    if then is None or now is None:
+        return None
+    names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    return ", ".join(f"{name} {then.get(name)} instead of {now.get(name)}" for name in names) or None
 
 
 def annotations_digest(annotations: Mapping[str, Any]) -> str:

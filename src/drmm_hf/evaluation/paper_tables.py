@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from .origin import weights_digest
+from .origin import other_input, weights_digest
 from .report_files import read_report
 
 
@@ -372,7 +372,8 @@ def _run_of(place: Path, about: Mapping[str, Any], digests: dict[Path, str | Non
         if checkpoint not in digests:
             digests[checkpoint] = weights_digest(checkpoint)
         if digests[checkpoint] == about["weights"]:
-            return run
+            other = other_input(about, checkpoint)
+            return run if other is None else f"of another input than {checkpoint} has now: {other}"
         if digests[checkpoint] is not None:
             stale.append(str(checkpoint))
     if stale:

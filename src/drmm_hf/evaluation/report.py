@@ -10,9 +10,10 @@ import datasets
 import torch
 
 from drmm_hf.data.canonical import canonical_stream
-from drmm_hf.data.coco import coco_paths, load_detection_dataset
+from drmm_hf.data.coco import annotation_problems, coco_paths, left_out, load_detection_dataset
 from drmm_hf.data.labels import LabelMap
 from drmm_hf.data.loading import load_image
+from drmm_hf.data.problems import KINDS
 
 from .breakdown import breakdown as measure_breakdown
 from .calibration import calibration_report
@@ -42,7 +43,8 @@ def load_split(
 ) -> tuple[datasets.Dataset | datasets.IterableDataset | None, Mapping[str, Any]]:
     """Load one split and its untouched annotations.
 
-    A box without area is an error in training data; here it counts in the annotations, as in COCO.
+    A box without area is an error in training data; here it counts in the annotations, as in COCO. Boxes written as
+    corners are an error here too: every figure would be of other objects than those in the pictures.
 
     Args:
         source (`str`): What `drmm_hf.data.coco.load_detection_dataset` takes, or a COCO json file.
@@ -58,22 +60,31 @@ def load_split(
         none.
 
     Raises:
-        ValueError: If the split is unknown, the source is not understood, or a local stream lacks annotated pictures.
+        ValueError: If the split is unknown, the source is not understood, its boxes are [left, top, right, bottom], or
+            a local stream lacks annotated pictures.
         FileNotFoundError: If a file is missing.
     """
     if annotations is None and source.endswith(".json"):
         if not needs_pictures and images is None:
+            _refuse_corners(annotation_problems(source))
             return None, load_annotations(source)
         annotations, source = source, str(Path(source).parent)
     places: dict[str, Any] = {"images": images, "annotations": annotations}
     paths = coco_paths(source, split, **places)
     is_local = paths is not None or Path(source).exists()
     dataset = load_detection_dataset(source, split, **places, invalid="skip", streaming=streaming and not is_local)
+    _refuse_corners(left_out(dataset))
     annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
     if streaming and is_local:
         check_images(annotations, dataset)  # while its rows can be counted
         dataset = canonical_stream(dataset)
     return dataset, annotations
+
+
+def _refuse_corners(found: Mapping[str, Mapping[str, Any]]) -> None:
+    if "corners" in found:
+        rule = KINDS["corners"][1]
+        raise ValueError(f"{found['corners']['first'][0]}; {rule}. Nothing can be measured against such boxes.")
 
 
 def load_results(path: str | Path, annotations: Mapping[str, Any]) -> tuple[Detections, dict[int, int]]:
@@ -107,7 +118,7 @@ def analyse(
     breakdown: bool = False,
     coverage: bool = False,
     freedom: float = 1.0,
-    calibrated: bool = False,
+    saved: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Do what was asked with detections, one analysis after the other, and write the json of each.
 
@@ -125,7 +136,8 @@ def analyse(
         coverage (`bool`): Whether to measure how often intervals from box scales hold the annotated sides; with the
             factor of `calibrators`, too, where they are given.
         freedom (`float`): Degrees of freedom of the density of the box scales: 1 is Cauchy, infinity Gaussian.
-        calibrated (`bool`): Whether the processor calibrates already, so that nothing is fitted on top.
+        saved (`Mapping`, *optional*): The calibration that the processor has applied already: nothing is fitted on
+            top, and `calibration` and `coverage` say in `saved_scores` and `saved_scale_factor` what they are of.
 
     Yields:
         `tuple[str, dict]`: Name and content: `thresholds`, `calibration`, `coverage`, `duplicates`, `breakdown`. Where
@@ -143,9 +155,10 @@ def analyse(
         yield "thresholds", write_json(report, output_dir / "thresholds.json")
     if calibration or calibrators is not None:
         report = calibration_report(annotations, entries, top_k)
+        report["saved_scores"] = ((saved or {}).get("scores") or {}).get("method")
         if calibrators is not None:
             report["calibrated"] = apply_calibrators(calibrators, annotations, entries, top_k)
-        elif not calibrated:
+        elif not saved:
             try:
                 fitted = fit_calibrators(annotations, entries, top_k, freedom)
             except ValueError as error:  # nothing was found, or nothing right
@@ -157,6 +170,7 @@ def analyse(
         factor = None if calibrators is None else calibrators.get("scale_factor")
         try:
             report = coverage_report(annotations, entries, freedom, top_k, factor)
+            report["saved_scale_factor"] = (saved or {}).get("scale_factor")
         except ValueError as error:
             report = {"not_measured": str(error)}
         yield "coverage", write_json(report, output_dir / "coverage.json")

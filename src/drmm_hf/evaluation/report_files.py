@@ -70,6 +70,8 @@ def _evaluation(content: Mapping[str, Any]) -> Iterator[str]:
     for name in ("model", "data", "weights", "ground_truth", "annotations"):
         if not isinstance(content.get(name), str | None):
             yield name
+    if not isinstance(content.get("input"), dict | None):
+        yield "input"
     if not _is_number(content["top_k"], 1):
         yield "top_k"
 

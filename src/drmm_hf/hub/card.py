@@ -30,6 +30,9 @@ CITATION = """\
 # Figures of `metrics.json` that go into the model-index, as they are.
 INDEXED = ("AP", "AP50", "AP75", "ECE", "ECE_0.1")
 
+# Type of data that are not on the Hub, where a bare name would be that of somebody's data set.
+_LOCAL = "local"
+
 _SEAL = "\n<!-- drmm push wrote this card; sha256 {}. An edited card is kept as it is. -->\n"
 _SEALED = re.compile(r"\n<!-- drmm push wrote this card; sha256 ([0-9a-f]{64})\. .* -->\n*\Z")
 
@@ -124,7 +127,7 @@ def card_data(subject: Subject) -> ModelCardData:
     results = [
         EvalResult(
             task_type="object-detection",
-            dataset_type=evaluation.data,
+            dataset_type=evaluation.data if "/" in evaluation.data else _LOCAL,
             dataset_name=evaluation.data,
             dataset_split=evaluation.split,
             metric_type=name,
@@ -198,7 +201,7 @@ def _introduction(subject: Subject) -> str:
     if processor.calibration:
         rows["calibration"] = "confidences or box scales are corrected by the processor (`drmm calibrate`)"
     if processor.score_threshold is not None:
-        rows["score threshold"] = "saved with the processor, used where a call names none"
+        rows["score threshold"] = _threshold(processor)
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return f"An object detector: {method}, for {_listed(names, 5)}.{meant}\n\n" + "\n".join(lines)
 
@@ -214,7 +217,8 @@ def _results(subject: Subject) -> list[str]:
     lines = [f"| data, split | pictures | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     for one in subject.evaluations:
         cells = [_per_cent(one.metrics[name]) for name in columns]
-        split = f"[{_title(one)}]({one.place}/metrics.json){' (1)' if one.chose else ''}"
+        marks = " (1)" * one.chose + " (2)" * one.is_fitted
+        split = f"[{_title(one)}]({one.place}/metrics.json){marks}"
         lines.append(f"| {split} | {one.metrics['num_images']} | {' | '.join(cells)} |")
     note = (
         "Per cent; COCO's AP, and the expected calibration error of the 100 best predictions of each picture, "
@@ -222,6 +226,8 @@ def _results(subject: Subject) -> list[str]:
     )
     if any(one.chose for one in subject.evaluations):
         note += " (1) This split chose the checkpoint, so its figures are a little too good."
+    if any(one.is_fitted for one in subject.evaluations):
+        note += " (2) The calibration was fitted on this split, so its calibration errors are too small."
     sections = ["\n".join(lines), note]
     for one in subject.shown:
         sections += [f"### {_title(one)}", *_details(one, subject.config.head_type == "mixture")]
@@ -313,9 +319,12 @@ for score, label, box in zip(result["scores"], result["labels"], result["boxes"]
 ```python
 from transformers import pipeline
 
-detector = pipeline("object-detection", model="{name}", trust_remote_code=True)
+detector = pipeline("object-detection", model="{name}", trust_remote_code=True, threshold=None)
 print(detector("picture.jpg"))
 ```
+
+`threshold=None` is {_threshold(subject.processor)};
+without it the pipeline has its own, 0.5. A number overrules both.
 
 With drmm-hf, which brings the same classes and runs no code of this repository:
 
@@ -329,6 +338,13 @@ processor = DrmmImageProcessor.from_pretrained("{name}")
 ```bash
 drmm predict {name} picture.jpg
 ```"""
+
+
+def _threshold(processor: DrmmImageProcessor) -> str:
+    if processor.score_threshold is None:
+        return "0.5, the processor's default: no other was saved"
+    each = " of each class" if isinstance(processor.score_threshold, list) else ""
+    return f"the one{each} that `drmm calibrate` saved with the processor"
 
 
 def _origin(subject: Subject) -> list[str]:
@@ -361,6 +377,8 @@ def _training(subject: Subject) -> list[str]:
     for name in ("batch_size", "learning_rate", "mixed_precision", "init_from", "backbone_weights", "seed"):
         if options.get(name) is not None:
             rows[name.replace("_", " ")] = _cell(str(options[name]))
+    if options.get("mixed_precision") == "no":
+        rows["mixed precision"] = "none: float32 throughout"
     if record.manifest:
         versions = record.manifest[-1].get("versions", {})
         rows["versions"] = ", ".join(
@@ -408,9 +426,11 @@ def _limits(subject: Subject) -> list[str]:
             )
     if subject.evaluations:
         measured = ", ".join(f"{_cell(one.data)} ({_cell(one.split)})" for one in subject.evaluations)
-        limits.append(f"Figures and calibration were measured on {measured} only; other pictures give others.")
+        limits.append(f"Figures were measured on {measured} only; other pictures give others.")
     else:
         limits.append("Nothing says how good its detections, or how well calibrated its scores, are.")
+    if processor.calibration:
+        limits.append(_fitted_on(subject))
     if all(one.chose for one in subject.evaluations) and subject.evaluations:
         limits.append("There is no figure of pictures that had no part in choosing the checkpoint.")
     limits.append(
@@ -418,6 +438,21 @@ def _limits(subject: Subject) -> list[str]:
         "It is not made for decisions about people or their health."
     )
     return limits
+
+
+def _fitted_on(subject: Subject) -> str:
+    """Say which pictures the calibration was fitted on, as far as files tell."""
+    fitted_on = (subject.processor.calibration or {}).get("fitted_on") or {}
+    splits = [_title(one) for one in subject.evaluations if one.is_fitted]
+    count = f"{fitted_on['num_images']} pictures" if "num_images" in fitted_on else "pictures that no file names"
+    known = all(one.about.get("ground_truth") for one in subject.evaluations)
+    if splits:
+        where = f"the pictures of {', '.join(splits)}"
+    elif subject.evaluations and fitted_on and known:
+        where = f"{count} of another split than the figures"
+    else:
+        where = count
+    return f"Its calibration was fitted on {where}; it holds for pictures like those."
 
 
 def _licence(subject: Subject) -> str:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_imports
 
+from ..evaluation.files import read_json
 from ..evaluation.origin import weight_files
 from ..modeling import image_processing_drmm, modeling_drmm
 from ..modeling.configuration_drmm import DrmmConfig
@@ -66,6 +67,9 @@ def check_folder(
 
 def _settings(folder: Path) -> tuple[DrmmConfig, DrmmImageProcessor]:
     try:
+        for name in AUTO_MAPS:
+            if not isinstance(read_json(folder / name), dict):
+                raise ValueError(f"{name} is no json object")
         config = DrmmConfig.from_pretrained(folder)
         processor = DrmmImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:

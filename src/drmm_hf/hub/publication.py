@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult
 from transformers.utils import is_matplotlib_available
 
@@ -20,6 +19,7 @@ from ..evaluation.files import read_json, write_json, write_text
 from ..evaluation.origin import weight_files
 from ..evaluation.predict import load_detector
 from ..modeling.remote_code import requirements
+from ..training.arguments import dump_yaml
 from ..training.checkpoint import finish_folder, start_folder
 from ..visualization.evaluation_pictures import draw_report
 from .bundle import save_bundle
@@ -134,8 +134,7 @@ def _write_records(subject: Subject, folder: Path) -> None:
         write_json(subject.conversion, folder / "conversion.json")
     if subject.training is not None:
         (folder / "training").mkdir()
-        recipe = yaml.safe_dump(subject.training.recipe, sort_keys=False)
-        write_text(folder / "training" / "recipe.yaml", recipe)
+        write_text(folder / "training" / "recipe.yaml", dump_yaml(subject.training.recipe))
         for name, content in (("manifest", subject.training.manifest), ("summary", subject.training.summary)):
             if content:
                 write_json(content, folder / "training" / f"{name}.json")

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..evaluation.files import read_json
-from ..evaluation.origin import weight_files, weights_digest
+from ..evaluation.origin import other_input, weight_files, weights_digest
 from ..evaluation.paper_tables import data_name
 from ..evaluation.report_files import read_report
 from ..modeling.configuration_drmm import DrmmConfig
+from ..training.arguments import load_yaml
 from .places import command_names_only, may_be_repo_id, names_only
 
 
 # What an evaluation may write that a card shows.
 REPORTS = ("metrics", "calibration", "coverage", "likelihood")
+# Reports of `drmm evaluate` and the options that ask for them.
+_OPTIONS = {"calibration": "--calibration", "coverage": "--coverage", "likelihood": "--losses"}
+_OPTIONS |= {"thresholds": "--thresholds", "breakdown": "--breakdown", "duplicates": "--sweep"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Evaluation:
         folder (`Path`): Where the files are.
         data (`str`): Name of the data, or their id on the Hub.
         split (`str`): Their split.
-        chose (`bool`): Whether these figures chose the checkpoint: they are the training run's own.
+        chose (`bool`): Whether these pictures chose the checkpoint: they are those of the training run's own figures.
         about (`dict`): Content of `evaluation.json`; empty if there is none.
         reports (`dict[str, dict]`): Contents of `metrics.json` and the others of `REPORTS`, those there are.
     """
@@ -46,6 +50,13 @@ class Evaluation:
     def metrics(self) -> dict[str, Any]:
         """Return the content of `metrics.json`."""
         return self.reports["metrics"]
+
+    @property
+    def is_fitted(self) -> bool:
+        """Tell whether the calibration was fitted on these very pictures."""
+        fitted_on = (self.metrics.get("calibration") or {}).get("fitted_on") or {}
+        pictures = fitted_on.get("pictures")
+        return pictures is not None and pictures == self.about.get("ground_truth")
 
     @property
     def place(self) -> str:
@@ -106,13 +117,18 @@ def find_evaluations(
                 f"results {str(place)!r} holds no metrics.json, as a folder of `drmm evaluate` does"
             )
         evaluation = _read(place)
-        reason = _reason_against(evaluation, folder, config, calibration)
-        known = evaluation.about.get("weights")
+        reason = _reason_against(evaluation, folder, config)
+        known, other = evaluation.about.get("weights"), other_input(evaluation.about, folder)
         if reason is None and known is not None and known != digest:
-            reason = "it is of other weights than the model has now; evaluate again"
+            reason = f"it is of other weights than the model has now; {_again(evaluation, folder)}"
+        if reason is None and other is not None:
+            reason = f"it was measured with another input than the processor gives, {other}; "
+            reason += _again(evaluation, folder)
+        if reason is None and (evaluation.metrics.get("calibration") or None) != (calibration or None):
+            reason = f"it was measured with another calibration than the processor has; {_again(evaluation, folder)}"
         unknown = known is None and not named and not evaluation.chose
         if reason is None and unknown and _written(evaluation) < written:
-            reason = "it is older than the weights; evaluate again, or name it with --results"
+            reason = f"it is older than the weights; name it with --results, or {_again(evaluation, folder)}"
         if reason is not None:
             if named:
                 raise ValueError(f"results {str(place)!r}: {reason}")
@@ -125,7 +141,12 @@ def find_evaluations(
             left_out[old.folder] = f"{new.folder} has newer figures of the same split"
             evaluation = new
         found[key] = evaluation
-    return sorted(found.values(), key=lambda one: one.chose), left_out
+    choosing = _choosing_pictures(folder)
+    marked = [
+        replace(one, chose=True) if choosing is not None and one.about.get("ground_truth") == choosing else one
+        for one in found.values()
+    ]
+    return sorted(marked, key=lambda one: one.chose), left_out
 
 
 def find_training(folder: str | Path) -> TrainingRecord | None:
@@ -174,6 +195,13 @@ def _places(folder: Path) -> list[Path]:
     return places + [run] * (len(parents) == 2 and folder.name == "best" and (run / "metrics.json").is_file())
 
 
+def _choosing_pictures(folder: Path) -> str | None:
+    """Return the digest of the annotations by which a run has chosen its best checkpoint, if this is it."""
+    run = folder.parent
+    is_best = folder.name == "best" and (run / "recipe.yaml").is_file()
+    return read_report(run / "evaluation.json").get("ground_truth") if is_best else None
+
+
 def _read(place: Path) -> Evaluation:
     reports = {name: read_report(place / f"{name}.json") for name in REPORTS}
     reports = {name: report for name, report in reports.items() if report}
@@ -189,18 +217,38 @@ def _read(place: Path) -> Evaluation:
 
 
 def _read_recipe(run: Path) -> dict[str, Any]:
+    path = run / "recipe.yaml"
     try:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{run / 'recipe.yaml'} is not valid yaml: {error}") from None
+        recipe = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid yaml: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{run / 'recipe.yaml'} is no recipe: the rule is sections with fields.")
     return recipe
 
 
-def _reason_against(
-    evaluation: Evaluation, folder: Path, config: DrmmConfig, calibration: Mapping[str, Any] | None
-) -> str | None:
+def _again(evaluation: Evaluation, folder: Path) -> str:
+    """Say which command measures the same anew, with the reports that there are."""
+    about, place = evaluation.about, evaluation.folder
+    if evaluation.split == "holdout":
+        return "pictures that the training held out cannot be measured again"
+    data = about.get("data")
+    if evaluation.chose and not about:
+        data = _read_recipe(place).get("data", {}).get("source")
+    words = ["drmm", "evaluate", _short(folder), str(data or "DATA"), "--split", evaluation.split]
+    words += ["--annotations", about["annotations"]] if about.get("annotations") else []
+    # The figures of a training run are its own, and stay where they are.
+    words += ["--output", _short(place / evaluation.split if evaluation.chose else place)]
+    words += [option for name, option in _OPTIONS.items() if (place / f"{name}.json").is_file()]
+    return f"measure again: {shlex.join(words)}"
+
+
+def _short(path: Path) -> str:
+    """Return a path from the working directory, if it is below."""
+    return str(path.relative_to(os.getcwd()) if path.is_relative_to(os.getcwd()) else path)
+
+
+def _reason_against(evaluation: Evaluation, folder: Path, config: DrmmConfig) -> str | None:
     """Say why figures are not those of a model as it is published; None if they are."""
     about, metrics = evaluation.about, evaluation.metrics
     if not evaluation.chose:
@@ -219,8 +267,6 @@ def _reason_against(
         unusual.append(str(metrics["deduplication"]["method"]).upper())
     if unusual:
         return f"it was measured with {', '.join(unusual)}, which a user of the model would not have"
-    if (metrics.get("calibration") or None) != (calibration or None):
-        return "it was measured with another calibration than the processor has; evaluate again"
     if not {*metrics["AP_per_class"]} & {*config.id2label.values()}:
         return f"its classes ({', '.join(list(metrics['AP_per_class'])[:3])}, ...) are not the model's"
     return None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -41,6 +42,10 @@ from .queries import DrmmQueries, initial_query_boxes
 from .query_layers import DrmmSelfAttention, FeedForward
 from .remote_code import PublishedWithCode
 from .sparse_rcnn_stage import DynamicConv, SparseRcnnStage
+
+
+# The object-detection pipeline checks this table of names; without the entry it logs that the model is not supported.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["drmm"] = "DrmmForObjectDetection"
 
 
 @dataclass

@@ -9,9 +9,10 @@ class DrmmObjectDetectionPipeline(ObjectDetectionPipeline):
     """Detect objects in pictures, a batch at a time.
 
     Use it as `pipeline("object-detection", model=..., pipeline_class=DrmmObjectDetectionPipeline)`; the stock class
-    works too, but refuses batches of mixed shapes and cuts boxes to whole pixels. Pictures are resized one by one and
-    padded together. A larger padding can move a convolutional network's boxes a little (never their frame): take
-    `batch_size=1` where figures must not depend on the neighbours.
+    works too, but refuses batches of mixed shapes, cuts boxes to whole pixels and has a threshold of its own, 0.5,
+    unless it is made or called with `threshold=None`. Pictures are resized one by one and padded together. A larger
+    padding can move a convolutional network's boxes a little (never their frame): take `batch_size=1` where figures
+    must not depend on the neighbours.
 
     A call takes the stock arguments (`threshold`, `timeout`, `batch_size`, ...) and `top_k`, `clip` and `interval` of
     `DrmmImageProcessor.post_process_object_detection`; without a `threshold` it is the processor's own. It returns for

@@ -301,7 +301,7 @@ class Recipe:
             "data": dataclasses.asdict(self.data),
             "training": dataclasses.asdict(self.training),
         }
-        write_text(path, yaml.dump(sections, Dumper=_RecipeDumper, sort_keys=False))
+        write_text(path, dump_yaml(sections))
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -321,7 +321,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {str(path)!r} does not exist")
-    sections = _load_yaml(Path(path).read_text(), str(path))
+    sections = load_yaml(Path(path).read_text(), str(path))
     if not isinstance(sections, dict):
         raise ValueError(f"recipe {str(path)!r} must be a mapping with the sections model, data and training")
     return make_recipe(sections, overrides or {}, f"recipe {str(path)!r}")
@@ -383,7 +383,7 @@ def parse_value(option: str, value: Any) -> Any:
     Raises:
         ValueError: If it is not yaml.
     """
-    return _load_yaml(value, f"--{option}") if isinstance(value, str) else value
+    return load_yaml(value, f"--{option}") if isinstance(value, str) else value
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -500,7 +500,31 @@ for _class in (_RecipeLoader, _RecipeDumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def _load_yaml(text: str, where: str) -> Any:
+def dump_yaml(content: Any) -> str:
+    """Write yaml that `load_yaml` reads as it was.
+
+    Args:
+        content (`Any`): Sections of a recipe, with names or plain values.
+
+    Returns:
+        `str`: The text.
+    """
+    return yaml.dump(content, Dumper=_RecipeDumper, sort_keys=False)
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Read yaml as recipes are written, see `_RecipeLoader`.
+
+    Args:
+        text (`str`): The yaml.
+        where (`str`): What it is called in the message.
+
+    Returns:
+        `Any`: Its content.
+
+    Raises:
+        ValueError: If it is not yaml.
+    """
     try:
         return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:

@@ -18,13 +18,15 @@ def coverage_diagram(report: Mapping[str, Any], path: str | Path) -> Path:
     """Draw observed against nominal coverage, of all sides and of each, and what a right density would show.
 
     Args:
-        report (`Mapping`): From `drmm_hf.evaluation.coverage.coverage_report`; `rescaled` has a panel of its own.
+        report (`Mapping`): From `drmm_hf.evaluation.coverage.coverage_report`; `rescaled` has a panel of its own. With
+            `saved_scale_factor`, the scales are those that the processor has corrected.
         path (`str` or `Path`): Picture to write; its folder is made.
 
     Returns:
         `Path`: The picture.
     """
-    groups = {"As predicted": report["predicted"]}
+    saved = report.get("saved_scale_factor")
+    groups = {"As predicted" if saved is None else f"Calibrated, scales times {saved:.2f}": report["predicted"]}
     if "rescaled" in report:
         groups[f"Scales times {report['rescaled']['scale_factor']:.2f}"] = report["rescaled"]
     figure = _figure(0.7 + 4.2 * len(groups), 4.9)

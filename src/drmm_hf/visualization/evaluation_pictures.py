@@ -31,6 +31,7 @@ def draw_detections(
     annotations: Mapping[str, Any],
     pictures: Sequence[tuple[int, str, Image]],
     path: str | Path,
+    thresholds: Mapping[int, float] | None = None,
 ) -> Path:
     """Draw pictures, annotations on the left and detections on the right.
 
@@ -39,10 +40,19 @@ def draw_detections(
         annotations (`Mapping`): The COCO annotations.
         pictures (`Sequence[tuple]`): Id, name and picture of each.
         path (`str` or `Path`): Picture to write; its folder is made.
+        thresholds (`Mapping[int, float]`, *optional*): Score of each category id above which detections are drawn, as
+            the model's processor has saved them; without, those of 0.3 and more.
 
     Returns:
         `Path`: The picture.
     """
+    if thresholds is None:
+        said = "detections scoring 0.3 and more"
+        entries = [entry for entry in entries if entry["score"] >= 0.3]
+    else:
+        limits = sorted({f"{one:.3g}" for one in thresholds.values()}, key=float)
+        said = f"detections scoring above the saved {' to '.join(dict.fromkeys((limits[0], limits[-1])))}"
+        entries = [entry for entry in entries if entry["score"] > thresholds[entry["category_id"]]]
     names = {record["id"]: record["name"] for record in annotations["categories"]}
     labels = {category_id: label for label, category_id in enumerate(sorted(names))}
     id2label = {label: names[category_id] for category_id, label in labels.items()}
@@ -55,8 +65,8 @@ def draw_detections(
             result = {"boxes": boxes, "labels": [labels[record["category_id"]] for record in mine]}
             if records is entries:
                 result["scores"] = [record["score"] for record in mine]
-            images.append(draw_boxes(image, result, id2label))
-        captions += [f"{name}: annotations", "detections scoring 0.3 and more"]
+            images.append(draw_boxes(image, result, id2label, threshold=0))
+        captions += [f"{name}: annotations", said]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(images, columns=2, captions=captions).save(path, quality=90)
@@ -88,7 +98,9 @@ def draw_report(
 
 
 def _metrics(report: Mapping[str, Any], folder: Path, _: Any) -> list[Path]:
-    return [reliability_diagram(_bins(report), folder / "reliability.png")]
+    corrected = ((report.get("calibration") or {}).get("scores") or {}).get("method")
+    title = "Reliability" if corrected is None else "Reliability, calibrated"
+    return [reliability_diagram(_bins(report), folder / "reliability.png", title)]
 
 
 def _thresholds(report: Mapping[str, Any], folder: Path, _: Any) -> list[Path]:
@@ -113,11 +125,18 @@ def _calibration(report: Mapping[str, Any], folder: Path, _: Any) -> list[Path]:
         reliability_diagrams(
             {title: _bins(entry) for title, entry in panels.items()},
             folder / name,
-            list(panels) if name == "calibration.png" else None,
+            [_axis(kind, report.get("saved_scores")) for kind in panels] if name == "calibration.png" else None,
             [f"above 0.1: {_per_cent(entry['ECE_0.1'])} %" for entry in panels.values()],
         )
         for name, panels in figures.items()
     ]
+
+
+def _axis(kind: str, saved_scores: str | None) -> str:
+    """Name a confidence or one of its factors, and say which of them is the score."""
+    if kind != "confidence":
+        return f"{kind}, a factor of the score"
+    return "confidence: the score" + (" (calibrated)" if saved_scores else "")
 
 
 def _duplicates(report: Mapping[str, Any], folder: Path, picture: Callable[[int], Image] | None) -> list[Path]:
