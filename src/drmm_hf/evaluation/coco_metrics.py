@@ -66,7 +66,7 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
     if missing:
         name = "annotations" if isinstance(source, Mapping) else str(source)
         raise ValueError(f"{name} has no {', '.join(sorted(missing))}; a COCO file has all three.")
-    if content is not source:
+    if not isinstance(source, Mapping):
         _check_records(content, source)
     images, known = ({record["id"] for record in content[name]} for name in ("images", "categories"))
     records = content["annotations"]
