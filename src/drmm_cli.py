@@ -11,8 +11,9 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -128,7 +129,7 @@ def _main(argv: list[str]) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"drmm {args.command}: {_in_one_line(error)}", file=sys.stderr)
+        print(f"drmm {args.command}: {_in_one_line(error, getattr(args, 'output', None))}", file=sys.stderr)
         return 2 if isinstance(error, _errors_of_input()) else 1
 
 
@@ -177,12 +178,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _in_one_line(error: Exception) -> str:
-    """Say what went wrong, and of a defect also what kind it is, since its words may say nothing."""
+def _in_one_line(error: Exception, output: str | None) -> str:
+    """Say what went wrong, and of a defect also its kind and where it comes from, since its words may say nothing.
+
+    Where it comes from is written to the output folder, if there is one by now: after hours of training nobody repeats
+    them with `--debug`.
+    """
     text = " ".join(str(error).split())
     if isinstance(error, (*_errors_of_input(), FloatingPointError)):  # the latter: a loss that is not finite
         return text
-    return f"{type(error).__name__}: {text} (--debug shows where it comes from)"
+    shows = "--debug shows"
+    if output is not None and Path(output).is_dir():
+        rank = os.environ.get("RANK")  # of several processes, each has its own
+        file = Path(output) / f"traceback{'' if rank is None else f'-{rank}'}.txt"
+        with suppress(OSError):
+            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            shows = f"{file} has"
+    return f"{type(error).__name__}: {text} ({shows} where it comes from)"
 
 
 def _errors_of_input() -> tuple[type[Exception], ...]:

@@ -77,6 +77,29 @@ def test_a_defect_is_named_and_shows_its_traceback_when_asked_to(stub, capsys):
         cli.main(["predict", "x", "--debug"])
 
 
+def test_a_defect_leaves_its_traceback_in_the_output_folder(stub, tmp_path, monkeypatch, capsys):
+    """Where there is one by then, for each process, and not of wrong values."""
+    error, folder = RuntimeError("a\ndefect"), tmp_path / "out"
+
+    def run(args):
+        args.output = str(folder)
+        raise error
+
+    stub.run = run
+    assert cli.main(["predict", "x"]) == 1 and not folder.exists()
+    assert "(--debug shows where it comes from)" in capsys.readouterr().err
+    folder.mkdir()
+    for name, rank in (("traceback.txt", None), ("traceback-3.txt", "3")):
+        monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+        assert cli.main(["predict", "x"]) == 1
+        said = f"drmm predict: RuntimeError: a defect ({folder / name} has where it comes from)\n"
+        assert capsys.readouterr().err == said
+        text = (folder / name).read_text()
+        assert text.startswith("Traceback") and "raise error" in text and text.endswith("RuntimeError: a\ndefect\n")
+    error = ValueError("wrong")
+    assert cli.main(["predict", "x"]) == 2 and len(list(folder.iterdir())) == 2
+
+
 @pytest.mark.parametrize("document", [{"AP": 0.5}, [], None])
 def test_json_is_all_of_standard_output(stub, capfd, document):
     """What the command and its libraries print for people goes to standard error; some processes have no document."""

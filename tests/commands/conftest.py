@@ -1,6 +1,9 @@
 """Tiny random detectors in folders, and a tiny COCO folder."""
 
 import json
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -89,3 +92,23 @@ def coco_folder(tmp_path_factory):
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations" / "instances_val.json").write_text(json.dumps(content))
     return folder
+
+
+@contextmanager
+def run_that_goes_on(folder):
+    """Hold the lock of a folder in another process, as a training run does."""
+    program = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('process 7', file=file, flush=True); print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, str(folder / "run.lock")], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        yield
+        other.stdin.close()
+
+
+@pytest.fixture
+def goes_on():
+    """Return `run_that_goes_on`."""
+    return run_that_goes_on

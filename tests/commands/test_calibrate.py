@@ -205,3 +205,15 @@ def test_data_without_objects_are_refused_before_the_work(kind, folder, coco, ca
     said = f"data is {str(coco)!r}, whose split val has no annotated object, crowds aside; the rule is some that"
     assert said in capsys.readouterr().err
     assert (folder / "preprocessor_config.json").read_bytes() == before
+
+
+def test_the_model_of_a_run_that_goes_on_is_left_alone(folder, coco, tmp_path, capsys, goes_on):
+    """Its next best checkpoint would replace what is saved."""
+    best = folder.rename(tmp_path / "best")
+    before = (best / "preprocessor_config.json").read_bytes()
+    with goes_on(tmp_path):
+        assert main(["calibrate", str(best), str(coco)]) == 2
+    said = capsys.readouterr().err
+    assert f"model is '{best}', of a run that goes on (process 7)" in said and said.count("\n") == 1
+    assert (best / "preprocessor_config.json").read_bytes() == before
+    assert main(["calibrate", str(best), str(coco)]) == 0  # its file of the lock stays

@@ -636,3 +636,17 @@ def test_an_output_that_is_no_folder_is_named(command, place, said, coco_folder,
         f"drmm {command}: output_dir is '{tmp_path / place}', which is {said}; the rule is a folder, or a name that"
     )
     assert message in capsys.readouterr().err
+
+
+def test_the_model_of_a_run_that_goes_on_is_measured_with_a_warning(
+    drmm_folder, coco_folder, tmp_path, capsys, goes_on
+):
+    best = shutil.copytree(drmm_folder, tmp_path / "run" / "best")
+    command = ["evaluate", str(best), str(coco_folder), "--output", str(tmp_path / "out")]
+    with goes_on(tmp_path / "run"):
+        assert main(command) == 0
+    said = capsys.readouterr().err
+    warning = f"drmm evaluate: warning: model is '{best}', of a run that goes on (process 7)"
+    assert [line for line in said.splitlines() if "warning" in line and "drmm" in line][0].startswith(warning)
+    assert main(command) == 0
+    assert "goes on" not in capsys.readouterr().err

@@ -3,8 +3,6 @@
 import json
 import re
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -130,18 +128,11 @@ def test_another_detector_is_refused(model_folder, tmp_path, capsys):
     assert is_drmm or "only D-RMM detectors are published" in capsys.readouterr().err
 
 
-def test_two_at_once_in_one_folder(tmp_path, capsys):
+def test_two_at_once_in_one_folder(tmp_path, capsys, goes_on):
     best, lock = make_run(tmp_path / "cells"), tmp_path / "out" / "cells.lock"
     lock.mkdir(parents=True)
-    program = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
-        "print('process 7', file=file, flush=True); print('held', flush=True); sys.stdin.read()"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = ["push", str(best), "--repo-id", "me/cells", "--dry-run", "--output", str(tmp_path / "out" / "cells")]
-    with subprocess.Popen([sys.executable, "-c", program, str(lock / "run.lock")], **pipes) as other:
-        assert other.stdout.readline() == b"held\n"
+    with goes_on(lock):
         assert main(command) == 2
         assert "in use by process 7" in capsys.readouterr().err
-        other.stdin.close()
     assert main(command) == 0

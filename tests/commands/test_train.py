@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForObjectDetection
 
 from drmm_cli import main
+from drmm_hf.commands import train
 from drmm_hf.commands.train import parse_fields
 from drmm_hf.data.coco import save_coco
 from drmm_hf.data.generated import generate_shapes
+from drmm_hf.training.presets import few, many
 
 
 TINY = str(Path(__file__).parents[1] / "training" / "tiny.yaml")
@@ -138,6 +140,29 @@ def test_without_a_recipe_one_is_chosen_and_kept(shapes, tmp_path, capsys):
     assert "recipe is missing" in capsys.readouterr().err
 
 
+def test_the_help_knows_what_is_chosen_without_a_recipe():
+    facts = {"num_images": 205, "width": 640, "height": 480, "shortest_edge": 480, "most": 29}
+    chosen = {"warmup_steps"}
+    for choose in (few, many):
+        sections = choose(facts)
+        chosen |= sections["data"].keys() | sections["training"].keys()
+    assert set(train._USUAL) & chosen == train._CHOSEN
+
+
+def test_the_traceback_of_a_defect_lies_with_the_run(shapes, tmp_path, capsys, monkeypatch):
+    """Also where the recipe names the folder."""
+
+    def defect(*_):
+        raise RuntimeError("after hours")
+
+    monkeypatch.setattr("drmm_hf.training.loop.find_checkpoint", defect)
+    (tmp_path / "run").mkdir()
+    assert main(["train", TINY, "--data", shapes, "--output_dir", str(tmp_path / "run")]) == 1
+    file = tmp_path / "run" / "traceback.txt"
+    assert capsys.readouterr().err == f"drmm train: RuntimeError: after hours ({file} has where it comes from)\n"
+    assert "in defect" in file.read_text()
+
+
 def test_all_fields_are_listed(capsys):
     with pytest.raises(SystemExit) as left:
         main(["train", "--fields"])
@@ -151,6 +176,8 @@ def test_the_help_explains_the_usual_fields(capsys):
         main(["train", "--help"])
     assert left.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "--learning-rate float Peak learning rate of AdamW. (default of recipes: 5e-05)" in words
-    assert "--epochs int Passes over the training split. --" in words
+    chosen = "without a recipe: as chosen from the data and printed)"
+    assert f"--learning-rate float Peak learning rate of AdamW. (default of recipes: 5e-05; {chosen}" in words
+    assert f"(default of recipes: 1000; {chosen} --epochs int Passes over the training split. ({chosen} --" in words
+    assert "(default of recipes: error) --num-workers" in words
     assert "example: drmm train" in words

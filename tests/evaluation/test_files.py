@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 
 from drmm_hf.evaluation.detections import Detections
-from drmm_hf.evaluation.files import read_json, run_lock, whole_files, write_json, write_text
+from drmm_hf.evaluation.files import read_json, run_lock, run_user, whole_files, write_json, write_text
 from drmm_hf.evaluation.parts import _write
 from drmm_hf.evaluation.submission import write_archive
 
@@ -34,10 +34,12 @@ def test_another_run_is_kept_out_until_its_process_is_gone(tmp_path):
         message = f"run' is in use by process {holder} on .*: name another folder"
         with pytest.raises(ValueError, match=message), run_lock(accelerator, tmp_path / "run"):
             pass
+        assert run_user(tmp_path / "run").startswith(f"process {holder} on ")
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
     os.kill(reader, 0)
+    assert run_user(tmp_path / "run") is None and run_user(tmp_path) is None and run_user(tmp_path / "none") is None
     try:
         with run_lock(accelerator, tmp_path / "run"):
             assert f"process {os.getpid()} on " in (tmp_path / "run" / "run.lock").read_text()

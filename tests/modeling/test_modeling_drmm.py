@@ -1,7 +1,9 @@
 """The detector as a transformers model: outputs, types, frames, weights, gradients, and what users get wrong."""
 
 import copy
+import io
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForObjectDetection, SwinConfig, TimmBackboneConfig
+from transformers.utils import logging
 
 from conftest import STAGES, random_labels, random_pictures, tiny_config
 from drmm_hf import DrmmForObjectDetection, DrmmModel
@@ -622,3 +625,22 @@ class TestUnusualInputs:
                 model(pictures, torch.ones(shape))
         with pytest.raises(ValueError, match="labels holds 1 entries for 2 images"):
             model(pictures, labels=random_labels(1))
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_weights_are_loaded_and_saved_with_bars_on_terminals_only(tmp_path, monkeypatch, on_terminal):
+    """Bars of transformers, which other models and its own settings keep."""
+    stream, drawn = io.StringIO(), logging.is_progress_bar_enabled()
+    stream.isatty = lambda: on_terminal
+    logging.enable_progress_bar()
+    try:
+        model = DrmmForObjectDetection(tiny_config())
+        monkeypatch.setattr(sys, "stderr", stream)
+        model.save_pretrained(tmp_path)
+        DrmmForObjectDetection.from_pretrained(tmp_path)
+        assert ("Loading weights" in stream.getvalue()) == on_terminal
+        assert on_terminal or stream.getvalue() == ""
+        hook = logging.set_tqdm_hook(None)
+        assert hook is None and logging.is_progress_bar_enabled()
+    finally:
+        drawn or logging.disable_progress_bar()

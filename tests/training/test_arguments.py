@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,16 @@ def write(tmp_path):
         return path
 
     return write_recipe
+
+
+@pytest.mark.parametrize(("cores", "workers"), [({3}, 1), ({0, 3}, 2), ({0, 1, 2}, 2)])
+def test_pictures_are_loaded_by_no_more_processes_than_there_are_cores_for(monkeypatch, cores, workers):
+    """For this process, as under `taskset`; torch warns of more."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+    assert DataArguments().num_workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: len(cores))
+    assert DataArguments().num_workers == workers
 
 
 MINIMAL = "training: {epochs: 1}\n"

@@ -445,9 +445,15 @@ def test_validation_classes_must_be_those_of_training(tiny_recipe, tmp_path):
 def test_the_length_of_a_run_is_told_and_that_it_is_too_short_for_its_warm_up(tiny_recipe, capsys):
     """3 steps an epoch; by the clock, which nobody knows beforehand, it is said at the end."""
     training = tiny_recipe(warmup_steps=5, max_minutes=20, log_every=7).training
-    expected = "at most 6 steps or 20 minutes, 3 steps an epoch; a line every 7 steps and at each checkpoint"
+    expected = "at most 6 steps or 20 minutes, 3 steps an epoch, warm-up of 5 steps; a line every 7 steps and at each "
+    expected += "checkpoint"
     assert loop.describe_length(training, 3, 6) == expected
-    assert loop.describe_length(training, math.inf, math.inf).startswith("at most 2 epochs or 20 minutes; a line")
+    assert loop.describe_length(training, math.inf, math.inf).startswith("at most 2 epochs or 20 minutes, warm-up")
+    by_time = tiny_recipe(warmup_steps=5, max_minutes=20, schedule_by="time", epochs=None).training
+    assert "20 minutes, warm-up of 5 steps or 2 minutes, whichever is shorter; a" in loop.describe_length(
+        by_time, math.inf, math.inf
+    )
+    assert "warning" not in loop.describe_length(by_time, 3, 5)
     warning = "warning: the run's 3 steps end within the warm-up, warmup_steps 4: the learning rate never reaches "
     train(tiny_recipe(max_steps=3, warmup_steps=4))
     said = capsys.readouterr().out
@@ -473,7 +479,7 @@ def test_a_run_too_short_for_its_warm_up_by_the_clock_is_told_once_its_pace_is_k
     ticks = itertools.count()
     for module in (loop, run_log):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 10))
-    options = {"epochs": None, "max_minutes": 5 / 60, "schedule_by": "time", "warmup_steps": warmup_steps}
+    options = {"epochs": None, "max_steps": 1000, "max_minutes": 5 / 60, "warmup_steps": warmup_steps}
     summary = train(tiny_recipe(**options))
     assert (summary["steps"] < warmup_steps) == warns
     said = capsys.readouterr().out
@@ -482,6 +488,39 @@ def test_a_run_too_short_for_its_warm_up_by_the_clock_is_told_once_its_pace_is_k
         found = re.search(r"about (\d+) steps fit into max_minutes 0.083\d*, fewer than warmup_steps 60", said)
         assert abs(int(found[1]) - summary["steps"]) <= 0.3 * summary["steps"]
         assert said.index("warning") < said.index(f"step {summary['steps'] // 2} ")
+
+
+def test_a_warm_up_by_the_clock_ends_before_the_run_does(tiny_recipe, tmp_path, capsys, monkeypatch):
+    """On the same clock; steps alone would be a warm-up without end."""
+    ticks = itertools.count()
+    for module in (loop, run_log):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 10))
+    options = {"epochs": None, "max_minutes": 5 / 60, "schedule_by": "time", "schedule": "constant", "log_every": 1}
+    train(tiny_recipe(**options, warmup_steps=10_000))
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert rates[0] < 1e-3 == rates[-1] and rates == sorted(rates) and rates.count(1e-3) > len(rates) / 2
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_new_best_checkpoint_replaces_the_figures_of_the_one_before_without_a_word(
+    tiny_recipe, tmp_path, capsys, monkeypatch
+):
+    """Reports that somebody made of the earlier figures go, and are named."""
+    measured = iter([0.1, 0.2, 0.3])
+
+    def better(*arguments):
+        metrics, detections = evaluate_model(*arguments)
+        metrics["AP"] = next(measured)
+        if metrics["AP"] == 0.3:
+            (tmp_path / "run" / "breakdown.json").write_text("{}")
+        return metrics, detections
+
+    evaluate_model = loop.evaluate_model
+    monkeypatch.setattr(loop, "evaluate_model", better)
+    assert train(tiny_recipe(epochs=3, evaluate_every=1))["best_step"] == 9
+    said = capsys.readouterr().out
+    assert said.count("held another evaluation") == 1
+    assert "held another evaluation; its reports are removed: breakdown.json\n" in said
 
 
 @pytest.mark.parametrize("name", ["best", "metrics.json", "detections.json"])

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -100,6 +101,15 @@ def test_warm_up_is_a_straight_line(step, warmup_steps, start):
     training = TrainingArguments(epochs=1, schedule="constant", warmup_steps=warmup_steps, warmup_start_factor=start)
     expected = 1.0 if step >= warmup_steps else (start * (warmup_steps - step) + step) / warmup_steps
     assert schedule_factor(training, step, 0.5) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.integers(0, 2000), st.integers(1, 1000), st.floats(0, 1), st.floats(0, 1))
+def test_a_warm_up_by_time_is_over_after_a_tenth_of_it(step, warmup_steps, start, progress):
+    """Along whichever of the two lines is higher: of steps, and of a tenth of the run."""
+    options = {"schedule": "constant", "warmup_steps": warmup_steps, "warmup_start_factor": start}
+    by_time = TrainingArguments(max_minutes=5, schedule_by="time", **options)
+    lines = np.interp(step, [0, warmup_steps], [start, 1]), np.interp(progress, [0, 0.1], [start, 1])
+    assert schedule_factor(by_time, step, progress) == pytest.approx(max(lines), abs=1e-12)
 
 
 @given(st.integers(1, 5000))

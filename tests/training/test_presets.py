@@ -1,11 +1,13 @@
 import pytest
+import torch
 
 from drmm_hf import DrmmConfig, DrmmImageProcessor
 from drmm_hf.data.coco import save_coco
 from drmm_hf.data.generated import generate_shapes
+from drmm_hf.training.arguments import TrainingArguments
 from drmm_hf.training.build import load_split
 from drmm_hf.training.loop import train
-from drmm_hf.training.presets import GRIDS, choose_recipe, describe, few, many
+from drmm_hf.training.presets import GRIDS, bound_warmup, choose_recipe, describe, few, many
 
 
 FACTS = {"num_images": 205, "width": 640, "height": 480, "shortest_edge": 480, "most": 29}
@@ -61,6 +63,61 @@ def test_what_is_chosen_is_said_and_what_is_given_wins(shapes):
     recipe, notes = choose_recipe(str(shapes), {})
     assert recipe.training.backbone_weights == "timm/tf_efficientnet_lite0.in1k"
     assert any("from the Hub" in note for note in notes)
+    _, notes = choose_recipe(str(shapes), {"backbone_weights": "lite0.safetensors"})
+    assert "backbone_weights: lite0.safetensors, as given" in notes
+    assert any(note.startswith("augmentation: paper (") for note in notes)
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(("minutes", "edge"), [(0.5, 240), (8, 240), (55, 240), (110, 336), (1000, 480), (None, 480)])
+def test_minutes_on_a_cpu_have_smaller_pictures(minutes, edge):
+    """Not smaller than what was measured in 55 minutes, and not larger than their own; so many are then seen again."""
+    assert few(FACTS, minutes=minutes)["data"]["shortest_edge"] == edge
+    notes = few(FACTS, minutes=minutes)["notes"]
+    assert any("smaller pictures are seen more often" in note for note in notes) == (edge < 480)
+    assert few({**FACTS, "shortest_edge": 200}, minutes=minutes)["data"]["shortest_edge"] == 192
+    assert few(FACTS, 320, minutes)["data"]["shortest_edge"] == 320
+
+
+def test_minutes_bound_the_input_and_the_warm_up_and_say_so(tmp_path, cpu, monkeypatch):
+    save_coco(generate_shapes(2, 0, (480, 640)), tmp_path / "shapes", "train")
+    save_coco(generate_shapes(1, 0, (480, 640)), tmp_path / "shapes", "val")
+    recipe, notes = choose_recipe(str(tmp_path / "shapes"), {"max-minutes": "8"})
+    assert (recipe.data.shortest_edge, recipe.training.schedule_by) == (240, "time")
+    assert "warmup_steps: 100, or the first tenth of the 8 minutes if that is shorter" in notes
+    assert any(
+        note.startswith("shortest_edge: 240, not the pictures' own 480: in 8 minutes on a CPU") for note in notes
+    )
+    recipe, notes = choose_recipe(str(tmp_path / "shapes"), {"max_minutes": "8", "warmup-steps": "7"})
+    assert recipe.training.warmup_steps == 7 and "warmup_steps: 7, as given" in notes
+    monkeypatch.setattr("drmm_hf.training.presets.FEW", 1)  # too many pictures for the compact detector, with time
+    assert choose_recipe(str(tmp_path / "shapes"), {"max_minutes": "8"})[0].model["decoder_type"] == "adamixer"
+    assert "decoder_type" not in choose_recipe(str(tmp_path / "shapes"), {})[0].model
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    recipe, _ = choose_recipe(str(tmp_path / "shapes"), {"max_minutes": "8"})
+    assert recipe.data.shortest_edge == 480 and "decoder_type" not in recipe.model
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "warmup_steps", "steps"),
+    [
+        ({"epochs": 100}, 1, 100, 2600),
+        ({"epochs": 10}, 1, 26, 260),
+        ({"epochs": 10}, 2, 13, 130),
+        ({"epochs": 10, "accumulation_steps": 2}, 1, 13, 130),
+        ({"epochs": 10, "max_steps": 50}, 1, 5, 50),
+        ({"max_steps": 3, "max_minutes": 9.0}, 1, 1, 3),
+    ],
+)
+def test_a_warm_up_is_at_most_a_tenth_of_the_steps(monkeypatch, options, processes, warmup_steps, steps):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    training = TrainingArguments(batch_size=8, warmup_steps=100, **options)
+    assert bound_warmup(training, 205) == f"warmup_steps: {warmup_steps}, at most a tenth of the {steps} steps"
+    assert training.warmup_steps == warmup_steps
 
 
 def test_a_model_that_goes_on_keeps_architecture_and_input_size(shapes, tmp_path):

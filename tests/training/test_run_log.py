@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from drmm_hf.training.arguments import TrainingArguments
 from drmm_hf.training.checkpoint import Progress
-from drmm_hf.training.run_log import Log
+from drmm_hf.training.run_log import Clock, Log
 
 
 def rows(folder):
@@ -135,6 +136,18 @@ def test_printed_lines_tell_the_minutes_left_and_per_cent(tmp_path, capsys):
         said = capsys.readouterr().out
         assert said == f"[3.0 min, about {left} left] epoch 0 step 20  validation in per cent: AP 55.12  ECE 1.00\n"
     assert rows(tmp_path)[-1]["AP"] == 0.5512
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(10, 30), (20, 60), (600, 60)])
+def test_the_pace_is_known_after_a_twentieth_of_the_time_and_a_minute_at_most(minutes, seconds):
+    progress = Progress()
+    clock = Clock(Accelerator(cpu=True), progress, TrainingArguments(max_steps=9, max_minutes=minutes))
+    progress.step, progress.seconds = 3, seconds - 1
+    assert clock.expected_steps() == math.inf
+    progress.seconds = seconds
+    assert clock.expected_steps() == pytest.approx(minutes * 60 / seconds * 3)
+    progress.step = 2
+    assert clock.expected_steps() == math.inf
 
 
 def test_a_first_line_comes_after_ten_seconds(tmp_path, capsys):

@@ -63,6 +63,14 @@ def run(args: argparse.Namespace) -> int:
             f"model is {args.model!r}, which has no preprocessor_config.json; the rule is a model folder."
         )
 
+    from ..evaluation.files import run_user
+
+    if (user := run_user(path.resolve().parents[1])) is not None:
+        raise ValueError(
+            f"model is {args.model!r}, of a run that goes on ({user}) and would replace what is saved; wait for its "
+            "end, or calibrate a copy."
+        )
+
     from transformers.utils import logging
 
     from ..data.labels import LabelMap

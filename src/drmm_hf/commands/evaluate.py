@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -131,13 +132,20 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..conversion.model_source import find_source
-    from ..evaluation.files import run_lock
+    from ..evaluation.files import run_lock, run_user
     from ..evaluation.parts import launched_processes
 
     if args.detections is not None:
         args.model, args.data = None, args.model
     source = None if args.model is None else find_source(args.model)
     processes = None if args.model is None else launched_processes(args.device)
+    user = None if source is None else run_user(Path(source).resolve().parent)
+    if user is not None and (processes is None or processes.is_main_process):
+        print(
+            f"drmm evaluate: warning: model is {args.model!r}, of a run that goes on ({user}): it may be replaced, "
+            "and these figures are of what it is now",
+            file=sys.stderr,
+        )
     logging.disable_progress_bar()  # of each weight that is loaded
     with run_lock(processes, args.output):  # makes it before the work, so that a bad place costs none
         return (evaluate_split if args.submission is None else submit)(args, source, processes)

@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # Fields that are set most often.
 _USUAL = ("shortest_edge", "longest_edge", "augmentation", "invalid_data", "num_workers", "overfit", "init_from",
           "batch_size", "learning_rate", "warmup_steps", "epochs", "max_minutes")  # fmt: skip
+# Those of them that `choose_recipe` chooses where there is no recipe, which takes seconds to import.
+_CHOSEN = {"shortest_edge", "longest_edge", "augmentation", "batch_size", "learning_rate", "warmup_steps", "epochs"}
 
 
 def _usual_fields() -> str:
@@ -62,7 +64,9 @@ def _usual_fields() -> str:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     group = parser.add_argument_group("fields that are set most often (--fields lists all)")
     for field in map(fields.__getitem__, _USUAL):
-        default = "" if field.default == "null" else f" (default of recipes: {field.default})"
+        defaults = [] if field.default == "null" else [f"default of recipes: {field.default}"]
+        defaults += ["without a recipe: as chosen from the data and printed"] * (field.name in _CHOSEN)
+        default = f" ({'; '.join(defaults)})" if defaults else ""
         metavar = field.type.replace(" | null", "").replace(" ", "")
         group.add_argument(field.option, metavar=metavar, help=f"{field.meaning}{default}".replace("%", "%%"))
     return parser.format_help()
@@ -97,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.arguments import load_recipe
 
     recipe = _chosen_recipe(overrides) if recipe_file is None else load_recipe(recipe_file, overrides)
+    args.output = recipe.training.output_dir  # where the traceback of a defect goes
 
     from accelerate import PartialState
     from transformers.utils import logging

@@ -200,6 +200,31 @@ def run_lock(processes: Accelerator | PartialState | None, output_dir: str | Pat
                     output_dir.rmdir()
 
 
+def run_user(output_dir: str | Path) -> str | None:
+    """Tell who uses the folder of a run, without a claim to it.
+
+    Args:
+        output_dir (`str` or `Path`): The folder.
+
+    Returns:
+        `str` or None: Process and host of the run that holds the lock; None if there is none, or no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        with (Path(output_dir) / "run.lock").open() as file:
+            holder = file.read().strip() or "another run"
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+            except OSError as error:
+                return holder if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    except OSError:  # no such file, or none that may be read
+        pass
+    return None
+
+
 def _lock(file) -> bool:
     """Lock an open file and write into it who holds it; False if another process does."""
     try:

@@ -55,7 +55,8 @@ def write_figures(
     """Write `metrics.json` and `detections.json`, and in `evaluation.json` what they are of.
 
     Reports of an earlier evaluation that found something else are removed first, and a line says so: a folder holds
-    one evaluation. `metrics.json` goes first and comes last: wherever it stands, the others are of it.
+    one evaluation. Where a training run has a new best checkpoint, nothing is said of the figures of the one before.
+    `metrics.json` goes first and comes last: wherever it stands, the others are of it.
 
     Args:
         metrics (`Mapping`): From `drmm_hf.evaluation.evaluate.figures`.
@@ -75,6 +76,8 @@ def write_figures(
             stale = [name for name in REPORTS if (output_dir / name).is_file()]
             for name in ("metrics.json", *stale):
                 (output_dir / name).unlink(missing_ok=True)
+            if about is not None and about.get("step") is not None:
+                stale = [name for name in stale if name != "evaluation.json"]  # the run's own, which is written anew
             if any(name.endswith(".json") for name in stale):  # pictures alone are a training run's own, drawn anew
                 print(f"{output_dir} held another evaluation; its reports are removed: {', '.join(stale)}", flush=True)
         for name in names:

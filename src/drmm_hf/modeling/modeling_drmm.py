@@ -1,6 +1,8 @@
 """D-RMM as transformers models: `DrmmModel` predicts, `DrmmForObjectDetection` gives scores, boxes and the loss."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .adamixer_stage import AdaMixerStage, AdaptiveMixing, initial_offset_bias
@@ -108,6 +110,18 @@ class DrmmObjectDetectionOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Let transformers draw its bars of weights only where standard error is a terminal."""
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **({"disable": None} | kwargs)))
+    if before is not None:  # somebody else's
+        logging.set_tqdm_hook(before)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
 class DrmmPreTrainedModel(PublishedWithCode, PreTrainedModel):
     """Weight initialisation and library switches shared by the D-RMM models."""
 
@@ -121,6 +135,17 @@ class DrmmPreTrainedModel(PublishedWithCode, PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = {"queries.boxes"}
     _can_record_outputs = {"hidden_states": DrmmDecoderLayer, "attentions": DrmmSelfAttention}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model as transformers does, without bars where standard error is no terminal."""
+        with bars_on_terminals():
+            return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Save the model as transformers does, without bars where standard error is no terminal."""
+        with bars_on_terminals():
+            return super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> None:
         """Return None: a picture is no sequence of tokens. Accelerate asks before it shards a model."""

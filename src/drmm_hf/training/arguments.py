@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -21,6 +22,16 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..evaluation.files import write_text
+
+
+def loader_workers() -> int:
+    """Choose how many processes load pictures: two, or one where this process may run on one core alone.
+
+    Returns:
+        `int`: 1 or 2.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2, cores)
 
 
 @dataclass(kw_only=True)
@@ -58,7 +69,8 @@ class DataArguments:
         bbox_format (`str`, *optional*): `xywh`, `xyxy` or `cxcywh`, for Hub data whose boxes do not prove theirs.
         invalid_data (`str`): What to do about bad pictures and annotations: `error`, or `skip` to leave them out and
             say how many.
-        num_workers (`int`): Processes that load and augment pictures, for each training process.
+        num_workers (`int`): Processes that load and augment pictures, for each training process. By default two, or
+            one where a process may run on one core alone.
         streaming (`bool`): Read training pictures one after another, from the Hub as they are needed, instead of at
             random; where an epoch ends is then not known beforehand.
         shuffle_buffer (`int`): Pictures of a stream that each worker holds, undecoded, and shuffles.
@@ -88,7 +100,7 @@ class DataArguments:
     group_by_aspect_ratio: bool = True
     bbox_format: Literal["xywh", "xyxy", "cxcywh"] | None = None
     invalid_data: Literal["error", "skip"] = "error"
-    num_workers: int = 2
+    num_workers: int = field(default_factory=loader_workers)
     streaming: bool = False
     shuffle_buffer: int = 1000
 
@@ -148,7 +160,8 @@ class TrainingArguments:
         milestones (`list[float]`): Progress at which `multi_step` multiplies the learning rate by `decay_factor`.
         decay_factor (`float`): Factor of one `multi_step` decay.
         final_factor (`float`): Fraction of the learning rate at which `cosine` ends.
-        warmup_steps (`int`): Optimiser steps of linear warm-up.
+        warmup_steps (`int`): Optimiser steps of linear warm-up. With `schedule_by: time` it is over after a tenth of
+            `max_minutes` at the latest.
         warmup_start_factor (`float`): Fraction of the learning rate at which the warm-up starts.
         learning_rate (`float`): Peak learning rate of AdamW.
         learning_rate_batch_size (`int`, *optional*): Effective batch that the learning rate was chosen for; a run

@@ -38,7 +38,7 @@ from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpo
 from .ema import averaged_model
 from .epochs import Epochs
 from .manifest import add_to_manifest, data_changes, data_fingerprint, read_manifest
-from .optimizer import build_optimizer, schedule_factor, set_learning_rate
+from .optimizer import LONGEST_WARMUP, build_optimizer, schedule_factor, set_learning_rate, warmup_factor
 from .presets import describe
 from .resume import check_model, check_run, settle_best
 from .run_log import Clock, Log
@@ -178,7 +178,8 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
     # DeepSpeed has stepped before we see the gradient: the first one that is not finite ends the run.
     max_skipped = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else training.max_skipped_steps
     log = Log(accelerator, output_dir, progress, total_steps, max_skipped, training.max_minutes)
-    raw_model, is_told = None if average is None else whole_model, False
+    raw_model = None if average is None else whole_model
+    is_told = by_time = training.schedule_by == "time"  # whose warm-up does not outlast the run
     save = partial(
         save_checkpoint, accelerator, output_dir, kept_model, processor, progress, training.keep_last, raw_model
     )
@@ -214,6 +215,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         return progress.step >= total_steps or streamed or clock.is_over() or impatient
 
     model.train()
+    done = 1.0  # of the schedule, at the last step
     with StopRequest(accelerator) as stop:
         if progress.evaluation_due:
             with stop.at_once():
@@ -222,7 +224,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
             for batches, ends_epoch in epochs.rest():
                 if progress.step == 0 and accelerator.is_main_process:
                     save_augmented_pictures(batches, processor, label_map.id2label, output_dir / "first_batches.jpg")
-                done = clock.fraction() if training.schedule_by == "time" else progress.step / total_steps
+                done = clock.fraction() if by_time else progress.step / total_steps
                 set_learning_rate(optimizer, schedule_factor(training, progress.step, done))
                 terms, images = accumulate_gradients(accelerator, model, batches, training.channels_last)
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
@@ -266,7 +268,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         if stop.came():
             accelerator.end_training()
             raise SystemExit(stop.exit_code)
-    if progress.step <= training.warmup_steps < total_steps:
+    if warmup_factor(training, progress.step - 1, done) < 1 and (by_time or training.warmup_steps < total_steps):
         accelerator.print(describe_short_run(training, progress.step))
 
     accelerator.wait_for_everyone()
@@ -346,7 +348,7 @@ def describe_length(training: TrainingArguments, epoch_steps: float, total_steps
         total_steps (`float`): Optimiser steps of the run, infinite if that is not known.
 
     Returns:
-        `str`: A line, and a second one if the run is no longer than its warm-up.
+        `str`: A line, and a second one if the run's steps are no more than those of its warm-up.
     """
     bounds = [] if math.isinf(total_steps) else [f"{total_steps} steps"]
     if math.isinf(total_steps) and training.epochs is not None:
@@ -356,8 +358,13 @@ def describe_length(training: TrainingArguments, epoch_steps: float, total_steps
     line = f"at most {' or '.join(bounds)}"
     if math.isfinite(epoch_steps):
         line += f", {epoch_steps} steps an epoch"
+    if training.warmup_steps:
+        line += f", warm-up of {training.warmup_steps} steps"
+        if training.schedule_by == "time":
+            line += f" or {LONGEST_WARMUP * training.max_minutes:.2g} minutes, whichever is shorter"
     line += f"; a line every {training.log_every} steps and at each checkpoint"
-    return f"{line}\n{describe_short_run(training, total_steps)}" if total_steps <= training.warmup_steps else line
+    is_short = total_steps <= training.warmup_steps and training.schedule_by == "steps"
+    return f"{line}\n{describe_short_run(training, total_steps)}" if is_short else line
 
 
 def describe_short_run(training: TrainingArguments, steps: int) -> str:

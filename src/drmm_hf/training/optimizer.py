@@ -10,6 +10,8 @@ from torch import nn
 from .arguments import TrainingArguments
 
 
+# Longest warm-up of a schedule by time, as a share of the run.
+LONGEST_WARMUP = 0.1
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -78,7 +80,7 @@ def schedule_factor(training: TrainingArguments, step: int, progress: float) -> 
     """Compute the factor of the learning rate for one optimiser step.
 
     Args:
-        training (`TrainingArguments`): `schedule` and its numbers, `warmup_steps`, `warmup_start_factor`.
+        training (`TrainingArguments`): `schedule` and its numbers, and those of `warmup_factor`.
         step (`int`): Optimiser steps already taken.
         progress (`float`): Share of the run that is over, in [0, 1], by steps or by time.
 
@@ -89,11 +91,28 @@ def schedule_factor(training: TrainingArguments, step: int, progress: float) -> 
         Linear warm-up and division by 10 at 3/4 and 11/12 of the run: Appendix B and the public code. The cosine is
         not the paper's.
     """
-    warmup = 1.0
-    if step < training.warmup_steps:
-        start = training.warmup_start_factor
-        warmup = start + (1 - start) * step / training.warmup_steps
-    return warmup * _schedule(training, progress)
+    return warmup_factor(training, step, progress) * _schedule(training, progress)
+
+
+def warmup_factor(training: TrainingArguments, step: int, progress: float) -> float:
+    """Compute the factor of the learning rate that is the warm-up's.
+
+    Args:
+        training (`TrainingArguments`): `warmup_steps`, `warmup_start_factor` and `schedule_by`. By time, the warm-up
+            is over after a tenth of the run at the latest.
+        step (`int`): Optimiser steps already taken.
+        progress (`float`): Share of the run that is over, in [0, 1].
+
+    Returns:
+        `float`: From `warmup_start_factor` to 1.
+    """
+    if step >= training.warmup_steps:
+        return 1.0
+    start = training.warmup_start_factor
+    by_steps = start + (1 - start) * step / training.warmup_steps
+    if training.schedule_by == "steps":
+        return by_steps
+    return min(1.0, max(by_steps, start + (1 - start) * progress / LONGEST_WARMUP))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+import torch
 
 from ..conversion.model_source import find_source
 from ..data.coco import find_splits
 from ..evaluation.predict import readable_settings
 from ..modeling.image_processing_drmm import DrmmImageProcessor
-from .arguments import DataArguments, Recipe, make_recipe, parse_value
+from .arguments import DataArguments, Recipe, TrainingArguments, make_recipe, parse_value
 from .build import load_split
+from .optimizer import LONGEST_WARMUP
 
 
 # Queries -> rows and columns of the grid that their boxes start from (Appendix C.2 has those from 100 to 2000).
@@ -24,6 +28,8 @@ GRIDS = {100: [10, 10], 300: [15, 20], 500: [20, 25], 1000: [25, 40]}
 # Training pictures up to which the compact detector is chosen, and what it was measured on.
 FEW = 2000
 HOLDOUT = 0.1
+# Minutes of a CPU, and the shorter side of the input that was measured with them (docs/results.md).
+MEASURED_MINUTES, MEASURED_EDGE = 55, 240
 
 
 def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
@@ -39,8 +45,9 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
     Raises:
         ValueError: If the data have no training split, or as `make_recipe`.
 
-    Source: Up to 2000 pictures the numbers of `scripts/recipes/bccd_adamixer_lite0_cpu.yaml`, measured on 205; above,
-        those of Appendix B for Sparse R-CNN. The numbers of epochs in between are judgement.
+    Source: Up to 2000 pictures, and for minutes on a CPU, the numbers of
+        `scripts/recipes/bccd_adamixer_lite0_cpu.yaml`, measured on 205; above, those of Appendix B for Sparse R-CNN.
+        The numbers of epochs in between are judgement.
     """
     overrides = {name.replace("-", "_"): parse_value(name, value) for name, value in overrides.items()}
     if overrides.get("streaming") and source != "generated" and not Path(source).exists():
@@ -50,13 +57,16 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
     data, notes = choose_splits(source, overrides)
     own = {name: value for name, value in overrides.items() if name in vars(DataArguments()) and name != "streaming"}
     own["longest_edge"] = sys.maxsize  # until it follows the shorter one
-    loaded = make_recipe({"data": {**data, **own}, "training": {"epochs": 1}}, {}).data
+    bounds = {"epochs": 1, "max_minutes": overrides.get("max_minutes")}
+    checked = make_recipe({"data": {**data, **own}, "training": bounds}, {})
+    loaded, minutes = checked.data, None if torch.accelerator.is_available() else checked.training.max_minutes
     facts = describe(load_split(loaded, "train")[0])
     trained = trained_size(overrides["init_from"]) if "init_from" in overrides else None
     edge = loaded.shortest_edge if "shortest_edge" in overrides else trained and trained[0]
     notes.insert(0, "no recipe is given; chosen from the data ({num_images} training pictures, {width} x {height} "
                  "pixels in the middle, {most} objects in the fullest):".format(**facts))  # fmt: skip
-    sections = few(facts, edge) if facts["num_images"] <= FEW else many(facts, edge)
+    compact = facts["num_images"] <= FEW or (minutes is not None and "init_from" not in overrides)
+    sections = few(facts, edge, minutes) if compact else many(facts, edge)
     notes += sections.pop("notes")
     sections["data"] |= data
     if trained and edge == trained[0]:
@@ -70,7 +80,7 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
     if "init_from" in overrides:
         sections["model"] = {}
         sections["training"].pop("backbone_weights")
-        dropped = ("detector:", "num_queries:", *(["shortest_edge:"] if trained else []))
+        dropped = ("detector:", "num_queries:", "learning_rate:", *(["shortest_edge:"] if trained else []))
         notes = [note for note in notes if not note.startswith(dropped)]
         notes.append("architecture: that of init_from")
         if trained:
@@ -79,7 +89,7 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         notes.append(
             f"learning_rate: {rate:g}, as from scratch; a fifth of it if init_from knows such pictures already"
         )
-    elif "backbone_weights" not in overrides:
+    else:
         weights = sections["training"]["backbone_weights"]
         notes.append(f"backbone_weights: {weights} from the Hub; a file will do, or none for random weights")
     if any(name in overrides for name in ("max_steps", "max_minutes")):
@@ -87,9 +97,33 @@ def choose_recipe(source: str, overrides: Mapping[str, Any]) -> tuple[Recipe, li
         if "max_steps" not in overrides:
             sections["training"]["schedule_by"] = "time"
         notes = [note for note in notes if not note.startswith("epochs")]
+    recipe = make_recipe(sections, overrides)
+    is_given = "warmup_steps" in overrides
+    notes.append("warmup_steps:" if is_given else bound_warmup(recipe.training, facts["num_images"]))
     names = [note.partition(":")[0] for note in notes]
     given = {name: f"{name}: {overrides[name]}, as given" for name in names if name in overrides}
-    return make_recipe(sections, overrides), [given.get(*pair) for pair in zip(names, notes, strict=True)]
+    return recipe, [given.get(*pair) for pair in zip(names, notes, strict=True)]
+
+
+def bound_warmup(training: TrainingArguments, num_images: int) -> str:
+    """Bound the warm-up by a tenth of the run.
+
+    Args:
+        training (`TrainingArguments`): Its `warmup_steps` are changed where steps or epochs are what ends the run; of
+            a schedule by time, `warmup_factor` sees to it.
+        num_images (`int`): Training pictures.
+
+    Returns:
+        `str`: What was chosen and why.
+    """
+    if training.schedule_by == "time":
+        share = f"the first tenth of the {training.max_minutes:g} minutes"
+        return f"warmup_steps: {training.warmup_steps}, or {share} if that is shorter"
+    pictures = training.batch_size * training.accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    epochs = math.inf if training.epochs is None else training.epochs
+    steps = int(min(training.max_steps or math.inf, epochs * math.ceil(num_images / pictures)))
+    training.warmup_steps = min(training.warmup_steps, max(1, int(LONGEST_WARMUP * steps)))
+    return f"warmup_steps: {training.warmup_steps}, at most a tenth of the {steps} steps"
 
 
 def trained_size(source: str) -> tuple[int, int] | None:
@@ -160,18 +194,22 @@ def describe(dataset: datasets.Dataset) -> dict[str, int]:
     }
 
 
-def few(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
-    """Choose for up to 2000 pictures: a compact detector, strong augmentation, many epochs.
+def few(facts: Mapping[str, int], edge: int | None = None, minutes: float | None = None) -> dict[str, Any]:
+    """Choose for up to 2000 pictures, or for minutes on a CPU: a compact detector, strong augmentation, many epochs.
 
     Args:
         facts (`Mapping`): From `describe`.
         edge (`int`, *optional*): Shorter side of the model input, pixels; by default near the pictures' own.
+        minutes (`float`, *optional*): Bound of a run on a CPU, which bounds the shorter side: so that as many pictures
+            are seen as in the run that was measured, but not below its size.
 
     Returns:
         `dict`: The three sections of a recipe, and `notes`.
     """
     queries = enough_queries(facts["most"], least=100)
-    edge = edge or _round(min(max(facts["shortest_edge"], 192), 480), 32)
+    near = _round(min(max(facts["shortest_edge"], 192), 480), 32)
+    affordable = near if minutes is None else _round(MEASURED_EDGE * max(1, minutes / MEASURED_MINUTES) ** 0.5, 16)
+    edge = edge or min(near, affordable)
     num_images = facts["num_images"]
     epochs = 300 if num_images <= 100 else 100 if num_images <= 500 else 60
     small = {
@@ -222,12 +260,19 @@ def few(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
         "eval_batch_size": 8,
         "log_every": 20,
     }
+    size = f"shortest_edge: {edge}, near the pictures' own {facts['shortest_edge']} (192 to 480)"
+    if affordable < near:
+        size = f"shortest_edge: {edge}, not the pictures' own {facts['shortest_edge']}: "
+        size += f"in {minutes:g} minutes on a CPU, smaller pictures are seen more often"
+    reason = f"{num_images} pictures are few (up to {FEW})" if num_images <= FEW else "minutes on a CPU are few"
     notes = [
-        f"detector: EfficientNet-Lite0, AdaMixer decoder of 4 stages: {num_images} pictures are few (up to {FEW})",
+        f"detector: EfficientNet-Lite0, AdaMixer decoder of 4 stages: {reason}",
         f"num_queries: {queries}, at least 3 for each of the {facts['most']} objects of the fullest picture",
-        f"shortest_edge: {edge}, near the pictures' own {facts['shortest_edge']} (192 to 480)",
-        "augmentation: flips, crops, other sizes, colours: few pictures are soon known by heart",
-        f"epochs: {epochs}, {epochs * num_images} pictures seen; learning rate 1e-3, moving average of the weights",
+        size,
+        "augmentation: paper (flips, crops, other sizes), and colours: pictures are soon known by heart otherwise",
+        f"epochs: {epochs}, {epochs * num_images} pictures seen",
+        f"learning_rate: {training['learning_rate']:g}, for batches of {training['batch_size']}; what is evaluated "
+        "and kept is a moving average of the weights",
     ]
     return {"model": model, "data": small, "training": training, "notes": notes}
 
@@ -279,6 +324,7 @@ def many(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
         f"detector: ResNet-50, Sparse R-CNN decoder of 6 stages, as in the paper: more than {FEW} pictures",
         f"num_queries: {queries}, at least 300 and 3 for each of the {facts['most']} objects of the fullest picture",
         f"shortest_edge: {edge}, near the pictures' own {facts['shortest_edge']} (320 to 800)",
+        "augmentation: paper (flips, crops, other sizes)",
         "epochs: 36, as the augmentation, the paper's; steps of 16 pictures, 8 times 2: with N processes give "
         "--accumulation-steps 8/N",
     ]

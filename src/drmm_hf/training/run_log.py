@@ -55,10 +55,11 @@ class Clock:
         """Return how many steps fit into `max_minutes`, at the pace of this part of the run.
 
         Returns:
-            `float`: Infinite without such a bound, and before 3 steps and a twentieth of the time have given a pace.
+            `float`: Infinite without such a bound, and before 3 steps and a twentieth of the time, a minute at most,
+                have given a pace.
         """
         steps, seconds = self.progress.step - self.first_step, self.progress.seconds - self.earlier
-        if self.limit is None or steps < 3 or seconds < 0.05 * self.limit:
+        if self.limit is None or steps < 3 or seconds < min(0.05 * self.limit, 60):
             return math.inf
         return self.progress.step + (self.limit - self.progress.seconds) / seconds * steps
 
