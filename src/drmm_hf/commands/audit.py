@@ -169,8 +169,8 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     ]
     more = f" and {len(weak) - _LISTED} more, all in audit.json" if len(weak) > _LISTED else ""
     return [
-        f"warning: the model hardly knows {', '.join(listed)}{more}: what it suspects of these classes says more of the "
-        "model than of the annotations"
+        f"warning: the model hardly knows {', '.join(listed)}{more}: what it suspects of these classes says more of "
+        "the model than of the annotations"
     ]
 
 
