@@ -170,7 +170,7 @@ def few(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
     Returns:
         `dict`: The three sections of a recipe, and `notes`.
     """
-    queries = enough_queries(facts["most"], least=100)
+    queries = enough_queries(facts)
     edge = edge or _round(min(max(facts["shortest_edge"], 192), 480), 32)
     num_images = facts["num_images"]
     epochs = 300 if num_images <= 100 else 100 if num_images <= 500 else 60
@@ -242,7 +242,7 @@ def many(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
     Returns:
         `dict`: The three sections of a recipe, and `notes`.
     """
-    queries = enough_queries(facts["most"], least=300)
+    queries = enough_queries(facts)
     edge = edge or _round(min(max(facts["shortest_edge"], 320), 800), 32)
     scale = edge / 800
     large = {
@@ -285,17 +285,18 @@ def many(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
     return {"model": model, "data": large, "training": training, "notes": notes}
 
 
-def enough_queries(most: int, least: int) -> int:
+def enough_queries(facts: Mapping[str, int]) -> int:
     """Choose a number of queries.
 
     Args:
-        most (`int`): Objects in the fullest picture.
-        least (`int`): Lower bound.
+        facts (`Mapping`): From `describe`.
 
     Returns:
-        `int`: The smallest of `GRIDS` that is at least `least` and 3 for each of these objects; else the largest.
+        `int`: The smallest of `GRIDS` that is at least 100, or 300 for more than 2000 pictures, and 3 for each object
+        of the fullest picture; else the largest.
     """
-    return next((number for number in GRIDS if number >= max(least, 3 * most)), max(GRIDS))
+    least = max(100 if facts["num_images"] <= FEW else 300, 3 * facts["most"])
+    return next((number for number in GRIDS if number >= least), max(GRIDS))
 
 
 def _round(value: float, multiple: int) -> int:
