@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ..conversion.model_source import find_source
 from ..data.coco import find_splits
-from ..evaluation.predict import readable_settings
+from ..evaluation.predict import check_reachable, readable_settings
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from .arguments import DataArguments, Recipe, make_recipe, parse_value
 from .build import load_split
@@ -105,6 +105,7 @@ def trained_size(source: str) -> tuple[int, int] | None:
         ValueError: If it has no image processor, or a damaged one.
     """
     source = find_source(source, "init_from")
+    check_reachable(source, "init_from")
     with readable_settings(source, "init_from"):
         size = DrmmImageProcessor.from_pretrained(source).size
     return (size.shortest_edge, size.longest_edge) if size.shortest_edge and size.longest_edge else None
