@@ -21,6 +21,10 @@ def save_model(folder, **overrides):
     return folder
 
 
+def images_of(folder):
+    return json.loads((folder / "annotations" / "instances_val.json").read_text())["images"]
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("mixture"))
@@ -34,7 +38,11 @@ def test_entries_crops_and_a_page_are_written(model_folder, coco_folder, tmp_pat
     assert {entry["annotation_id"] for entry in result["annotations"]} == {1, 2}
     plausibilities = [entry["plausibility"] for entry in result["annotations"]]
     assert plausibilities == sorted(plausibilities)
-    assert {entry["suggestion"]["category_id"] for entry in result["annotations"]} <= {3, 8}
+    seen = [entry["suggestion"] for entry in result["annotations"] if entry["suggestion"] is not None]
+    assert {suggestion["category_id"] for suggestion in seen} <= {3, 8}
+    files = {record["id"]: record["file_name"] for record in images_of(coco_folder)}
+    for entry in (*result["annotations"], *result["missing"]):
+        assert entry["file_name"] == files[entry["image_id"]]
     scores = [entry["score"] for entry in result["missing"]]
     assert scores == sorted(scores, reverse=True) and scores
     page = (output / "audit.html").read_text()
@@ -45,6 +53,31 @@ def test_entries_crops_and_a_page_are_written(model_folder, coco_folder, tmp_pat
     printed = capsys.readouterr().out
     assert "3 images; 2 annotations" in printed and "0 crowds left out" in printed
     assert f"{result['missing'][0]['score']:.2f}" in printed
+    for term in ("plausibility", "box", "class", "nothing there"):  # said once, above the crops
+        assert f"<dt>{term}</dt><dd>" in page[: page.index("<figure>")]
+    # Random weights know nothing.
+    weak = [entry["name"] for entry in result["classes"] if not entry["known"]]
+    assert weak and result["classes"][0]["AP"] < 0.2
+    for text in (printed, page):
+        assert "warning: the model hardly knows " in text and all(f"{name} (AP " in text for name in weak)
+
+
+def test_what_lies_far_away_is_neither_said_nor_drawn(coco_folder, tmp_path):
+    from drmm_hf.commands.audit import draw_sheets, summary, warnings
+    from drmm_hf.evaluation.report import load_split
+
+    dataset, annotations = load_split(str(coco_folder), "val")
+    record = annotations["annotations"][0]
+    entry = {"annotation_id": record["id"], "file_name": "one.png", "plausibility": 0.0, "reason": "nothing there"}
+    entry |= {key: record[key] for key in ("image_id", "category_id", "bbox")} | {"suggestion": None}
+    result = {"annotations": [entry], "missing": [], "classes": [], "num_images": 1, "num_crowds": 0}
+    assert "model: nothing that overlaps it" in summary(result, annotations)
+    assert warnings(result) == []
+    draw_sheets(result, dataset, annotations, tmp_path, 1)
+    colours = {
+        colour for _, colour in Image.open(tmp_path / "annotations.png").crop((10, 45, 250, 275)).getcolors(1 << 24)
+    }
+    assert (230, 159, 0) in colours and (86, 180, 233) not in colours
 
 
 def test_crowds_are_left_out_and_names_are_text(model_folder, coco_folder, tmp_path, capsys):

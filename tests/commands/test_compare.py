@@ -54,6 +54,23 @@ def test_a_model_of_other_classes_is_named_before_the_work(drmm_folder, coco_fol
     assert list(output.iterdir()) == []
 
 
+def test_weights_may_be_of_another_type(drmm_folder, coco_folder, tmp_path, capsys):
+    models, scores = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        command = ["compare", f"a={drmm_folder}", f"b={drmm_folder}", str(coco_folder), "--output", str(output)]
+        assert main([*command, "--dtype", dtype, "--timed", "1"]) == 0
+        models[dtype] = json.loads((output / "compare.json").read_text())["models"]
+        assert [model["dtype"] for model in models[dtype].values()] == [dtype, dtype]
+        scores[dtype] = [entry["score"] for entry in json.loads((output / "1_a" / "detections.json").read_text())]
+    assert scores["float32"] != scores["bfloat16"]
+    assert models["float32"]["a"]["NLL"] == pytest.approx(models["bfloat16"]["a"]["NLL"], rel=0.05)
+    results = tmp_path / "float32" / "1_a" / "detections.json"
+    command = ["compare", f"a={results}", f"b={results}", str(coco_folder), "--output", str(tmp_path / "out")]
+    assert main([*command, "--dtype", "bfloat16"]) == 2
+    assert "dtype is 'bfloat16', and no model is given" in capsys.readouterr().err
+
+
 def test_models_need_names_of_their_own():
     assert named_sources(["a=x/best", "y/best"]) == {"a": "x/best", "y/best": "y/best"}
     with pytest.raises(ValueError, match="two models are called 'a'"):

@@ -1,5 +1,6 @@
 """Frames are read as they are shown, and written whole."""
 
+import struct
 from fractions import Fraction
 
 import numpy as np
@@ -30,6 +31,42 @@ def test_what_was_written_is_read(every, tmp_path):
         assert frame.seconds == pytest.approx(frame.index / 10) and frame.image.size == (64, 48)
         assert abs(np.asarray(frame.image, dtype=int) - shade(frame.index)).max() < 12  # colours are compressed
     assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "size", "corners"),
+    [  # of a picture with the corners red, green (right), blue (below) and white
+        ((1, 0, 0, 1), (64, 48), "rgbw"),
+        ((-1, 0, 0, -1), (64, 48), "wbgr"),
+        ((0, 1, -1, 0), (48, 64), "brwg"),  # clockwise: the top is at the right
+        ((0, -1, 1, 0), (48, 64), "gwrb"),
+        ((-1, 0, 0, 1), (64, 48), "grwb"),  # a mirror, as of a camera that looks at its owner
+        ((1, 0, 0, -1), (64, 48), "bwrg"),
+        ((0, 1, 1, 0), (48, 64), "rbgw"),
+        ((0, -1, -1, 0), (48, 64), "wgbr"),
+    ],
+)
+def test_a_camera_that_was_held_otherwise_is_put_upright(matrix, size, corners, tmp_path):
+    """The matrix is written into the track's header, as phones do: a, b and u, c, d and v, then the place."""
+    colours = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255), "w": (255, 255, 255)}
+    picture = Image.new("RGB", (64, 48))
+    for name, place in zip("rgbw", ((0, 0), (32, 0), (0, 24), (32, 24)), strict=True):
+        picture.paste(colours[name], (*place, place[0] + 32, place[1] + 24))
+    with film_writer(tmp_path / "film.mp4", Fraction(10)) as add:
+        add(picture)
+        add(picture)
+    content = bytearray((tmp_path / "film.mp4").read_bytes())
+    start = content.index(b"tkhd") + 44
+    assert content[start : start + 36] == struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    a, b, c, d = (65536 * value for value in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "film.mp4").write_bytes(content)
+    for frame in Film(tmp_path / "film.mp4"):
+        assert frame.image.size == size
+        width, height = size
+        seen = [frame.image.getpixel((x, y)) for y in (8, height - 9) for x in (8, width - 9)]
+        for pixel, name in zip(seen, corners, strict=True):
+            assert np.abs(np.subtract(pixel, colours[name])).max() < 30
 
 
 def test_odd_sides_lose_a_pixel(tmp_path):

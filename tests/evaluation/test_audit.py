@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from drmm_hf.evaluation.audit import audit, confidence_audit, score_audit, unexplained
+from drmm_hf.evaluation.audit import audit, class_strengths, confidence_audit, score_audit, unexplained
 from drmm_hf.evaluation.likelihood import Evidence
 
 
 CATEGORIES = [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
-IMAGES = [{"id": 10, "width": 200, "height": 200}, {"id": 20, "width": 200, "height": 200}]
+IMAGES = [{"id": 10, "file_name": "ten.jpg", "width": 200, "height": 200}, {"id": 20, "width": 200, "height": 200}]
 
 
 def annotation(identity, image_id, category_id, bbox, iscrowd=0):
@@ -71,13 +71,46 @@ def test_the_least_plausible_come_first_with_what_speaks_against_them():
     assert moved["plausibility"] == pytest.approx(0.01) and moved["nll"] == 20.0
     assert moved["bbox"] == [120.0, 30.0, 40.0, 40.0] and moved["category_id"] == 2 and moved["image_id"] == 10
     assert result["num_images"] == 2 and result["num_crowds"] == 1
+    assert [entry["file_name"] for entry in result["annotations"]] == ["image 20", "ten.jpg", "ten.jpg", "ten.jpg"]
+
+
+@pytest.mark.parametrize("log_class", [-2.0, -50.0])
+def test_a_component_elsewhere_is_no_better_box_whatever_speaks_most_against_the_annotation(log_class):
+    """Of annotation 4, the most responsible component lies 90 pixels away; its class says nothing of this place."""
+    annotations, detections = make_scene()
+    evidence = make_evidence()
+    evidence.log_class[3] = log_class
+    worst, *others = audit(annotations, evidence, detections)["annotations"]
+    assert worst["annotation_id"] == 4 and worst["reason"] == "nothing there" and worst["suggestion"] is None
+    assert all(entry["suggestion"]["iou"] > 0.3 for entry in others)
+
+
+def test_a_class_that_the_model_does_not_know_is_told_with_its_figures():
+    annotations, detections = make_scene()
+    cat, dog = class_strengths(annotations, detections)
+    # The only dog is found at its place with 0.1, after 0.8 elsewhere and one on the crowd, which does not count:
+    # precision 1/2 at all recalls. Of three cats one is found, by the first of all: 34 of 101 points of recall.
+    assert dog == {"category_id": 7, "name": "dog", "annotations": 1, "AP": pytest.approx(1 / 2), "confident": 2} | {
+        "known": True
+    }
+    assert cat == {
+        "category_id": 2,
+        "name": "cat",
+        "annotations": 3,
+        "AP": pytest.approx(34 / 101),
+        "confident": 4,
+    } | {"known": True}
+    (_, unknown) = sorted(class_strengths(annotations, detections[:4]), key=lambda entry: -entry["AP"])
+    assert unknown["name"] == "dog" and unknown["AP"] == unknown["confident"] == 0 and not unknown["known"]
+    annotations["annotations"] = annotations["annotations"][:2]
+    assert [entry["name"] for entry in class_strengths(annotations, detections)] == ["cat"]
 
 
 def test_missing_annotations_are_seen_once_and_suggestions_are_not_among_them():
     annotations, detections = make_scene()
     assert [entry["score"] for entry in unexplained(annotations, detections)] == [0.9, 0.85, 0.8]
     # The first two are what was moved and what was relabelled; annotation 4 has the query of the third, elsewhere.
-    assert audit(annotations, make_evidence(), detections)["missing"] == [detections[5]]
+    assert audit(annotations, make_evidence(), detections)["missing"] == [detections[5] | {"file_name": "image 20"}]
 
 
 def test_confidences_rank_by_the_best_prediction_of_the_class_at_the_place():

@@ -1,9 +1,11 @@
 """Whoever predicts the parts, whenever and from whatever they are read: the same detections, each picture once."""
 
 import os
+import re
 import shutil
 import weakref
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import datasets
 import numpy as np
@@ -345,6 +347,34 @@ def test_a_part_of_other_pictures_is_predicted_again(tmp_path, capsys):
     found = predict_parts(Mean(), Processor(), dataset, images, tmp_path / "parts")
     assert f"{second} is of other pictures: its pictures are predicted again" in capsys.readouterr().out
     assert list(found) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("scores", np.nan, "holds numbers that are not finite"),
+        ("boxes", np.inf, "holds numbers that are not finite"),
+        ("image_ids", 0, "was added twice"),
+    ],
+)
+def test_a_part_of_impossible_numbers_is_named_and_predicted_again(name, value, rule, tmp_path, capsys):
+    """Whole as a file, and marked as what its place says: it would stop every evaluation."""
+    dataset = file_rows(tmp_path / "pictures", 40)
+    images = [{"id": index} for index in range(40)]
+    alone = predict_parts(Mean(), Processor(), dataset, images, progress=False)
+    with pytest.raises(KilledError):
+        predict_parts(Mean(last=12), Processor(), dataset, images, tmp_path / "parts")
+    first, *_ = sorted((tmp_path / "parts").glob("*/*.npz"))
+    with np.load(first) as file:
+        arrays = dict(file)
+    arrays[name][:2] = value
+    np.savez(first, **arrays)
+    with ZipFile(first, "a") as archive:
+        archive.comment = f"{first.parent.name}/{first.stem}".encode()
+    capsys.readouterr()
+    same(predict_parts(Mean(), Processor(), dataset, images, tmp_path / "parts"), alone)
+    said = capsys.readouterr().out
+    assert re.search(f"{re.escape(str(first))} is damaged: .*{rule}.*: its pictures are predicted again", said)
 
 
 @pytest.mark.parametrize("place", ["part", "run", "parts"])

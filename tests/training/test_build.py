@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import drmm_hf
 from drmm_hf.data.coco import categories, save_coco
 from drmm_hf.data.generated import generate_shapes
 from drmm_hf.data.labels import LabelMap
-from drmm_hf.training.build import build_model, load_split
+from drmm_hf.training.arguments import TrainingArguments
+from drmm_hf.training.build import build_model, check_pretrained, load_split
+from drmm_hf.training.loop import train
+from drmm_hf.training.presets import choose_recipe
 from drmm_hf.training.stop_request import _kill_children
 
 
@@ -58,6 +62,61 @@ def test_a_checkpoint_of_other_classes_lends_everything_but_the_classifier(tiny_
     replaced = {name for name in after if after[name].shape != before[name].shape}
     assert {name.split(".")[-2] for name in replaced} == {"classifier"}
     assert all(torch.equal(after[name], before[name]) for name in after if name not in replaced)
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "has_recipe"),
+    [
+        ("init_from", "nobody/nothing", True),
+        ("init_from", "nobody/nothing", False),
+        ("backbone_weights", "nobody/nothing", True),
+        ("backbone_weights", "timm/resnet50.a1_in1k", True),
+        ("backbone_weights", "tf_efficientnet_lite0", True),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_asked_once_before_the_work(
+    argument, name, has_recipe, tiny_recipe, tmp_path, monkeypatch
+):
+    """A download would ask six times, with pauses of 24 seconds together; port 1 refuses every connection."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    address = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"a pause of {seconds} s"))
+    monkeypatch.setattr("drmm_hf.training.loop.load_split", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(
+        ValueError, match=f"^{argument} is '{name}', which is no folder here, and the Hub cannot be re"
+    ):
+        if has_recipe:
+            train(tiny_recipe(output_dir=str(tmp_path / "run"), **{argument: name}))
+        else:
+            choose_recipe("generated", {argument: name, "max_steps": 1})
+
+
+def test_of_the_hub_s_cache_and_of_files_nothing_is_asked(tmp_path, monkeypatch):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"")
+    asked = []
+    monkeypatch.setattr("drmm_hf.evaluation.predict.get_hf_file_metadata", asked.append)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = tmp_path / "models--timm--tf_efficientnet_lite0.in1k" / "snapshots" / "abc"
+    commit.mkdir(parents=True)
+    (commit / "model.safetensors").write_bytes(b"")
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text("abc")
+    for source in (None, "none", str(weights), "tf_efficientnet_lite0", "timm/tf_efficientnet_lite0.in1k"):
+        check_pretrained(TrainingArguments(max_steps=1, backbone_weights=source))
+    assert not asked
+    check_pretrained(TrainingArguments(max_steps=1, backbone_weights="resnet50"))
+    assert len(asked) == 1 and "timm/resnet50.a1_in1k/resolve/main/config.json" in asked[0]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check_pretrained(TrainingArguments(max_steps=1, backbone_weights="tf_efficientnet_lite0"))
+    for wanted in ({"backbone_weights": "resnet18"}, {"init_from": "nobody/nothing"}):
+        ((argument, name),) = wanted.items()
+        with pytest.raises(ValueError, match=f"^{argument} is '{name}', .* and HF_HUB_OFFLINE forbids to ask it$"):
+            check_pretrained(TrainingArguments(max_steps=1, **wanted))
+    assert len(asked) == 1
 
 
 def test_splits_are_read_from_a_folder_with_their_untouched_annotations(tiny_recipe, tmp_path):

@@ -62,7 +62,8 @@ def test_a_sheet_holds_every_card_and_cuts_long_lines():
 
 def test_the_page_is_whole_and_names_are_text():
     card = Card(Image.new("RGB", (240, 240), "red"), ['<script>alert("1")</script>', "a & b", "'\"><img>.jpg"])
-    page = html_sheet("Audit of <things>", {"Worst & first": [card, card], "Empty": []}, ["1 < 2"])
+    page = html_sheet("Audit of <things>", {"Worst & first": [card, card], "Empty": []}, ["1 < 2"], {"a<": "b>"})
+    assert "<dt>a&lt;</dt><dd>b&gt;</dd>" in page and "<dl>" not in html_sheet("", {})
     assert page.count("<figure>") == 2 and page.count("<img ") == 2 and "<script" not in page
     assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in page and "a &amp; b" in page
     assert "Worst &amp; first" in page and "Audit of &lt;things&gt;" in page and "1 &lt; 2" in page

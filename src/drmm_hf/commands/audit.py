@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 _ON_PNG = 24  # crops on a picture; the page of html has --worst of them
 _LISTED = 5  # entries that are printed
 _DOUBTFUL = 0.05  # plausibility below which annotations are counted
+_LEGEND = {
+    "plausibility": "How well an annotation agrees with what the model sees, from 0 to 1, whatever the size and "
+    "sharpness of the object. A rank, and no probability that the annotation is wrong: the model errs as well.",
+    "box": "The model sees the object, but with other borders: compare the two boxes.",
+    "class": "The model sees an object in this place, but of another class.",
+    "nothing there": "The model sees no object in this place: there is none, its box is far off, or the model misses "
+    "it. Where no box of the model overlaps the annotation by an IoU of 0.1, none is drawn.",
+    "model": "What the model would have put there: class, confidence, and IoU of its box with the annotated one (1: "
+    "the same box). The lower the confidence, the less it is worth.",
+    "predictions without annotation": "What the model sees where nothing of this class is annotated, most confident "
+    "first: a missing annotation, or a wrong alarm.",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,23 +126,52 @@ def summary(result: Mapping[str, Any], annotations: Mapping[str, Any]) -> str:
     Returns:
         `str`: A line each for the least plausible annotations and the most confident missing ones, then counts.
     """
-    files, names = _names(annotations)
+    from ..evaluation.audit import CONFIDENT
+
+    names = _names(annotations)
     lines = ["least plausible annotations"]
     for entry in result["annotations"][:_LISTED]:
-        lines.append(f"  {files[entry['image_id']]}  {'  '.join(_annotation_lines(entry, names))}")
+        lines.append(f"  {entry['file_name']}  {'  '.join(_annotation_lines(entry, names))}")
     lines.append("predictions without annotation")
     for entry in result["missing"][:_LISTED]:
-        lines.append(f"  {files[entry['image_id']]}  {'  '.join(_missing_lines(entry, names))}")
+        lines.append(f"  {entry['file_name']}  {'  '.join(_missing_lines(entry, names))}")
     doubtful = [entry for entry in result["annotations"] if entry["plausibility"] < _DOUBTFUL]
     reasons = Counter(entry["reason"] for entry in doubtful)
-    confident = sum(entry["score"] >= 0.5 for entry in result["missing"])
+    confident = sum(entry["score"] >= CONFIDENT for entry in result["missing"])
     lines += [
         "",
         f"{result['num_images']} images; {len(result['annotations'])} annotations, {len(doubtful)} of them below a "
         f"plausibility of {_DOUBTFUL}" + (f" ({_counts(reasons)})" if reasons else ""),
-        f"{confident} predictions of 0.5 and more without annotation; {result['num_crowds']} crowds left out",
+        f"{confident} predictions of {CONFIDENT} and more without annotation; {result['num_crowds']} crowds left out",
+        *warnings(result),
     ]
     return "\n".join(lines)
+
+
+def warnings(result: Mapping[str, Any]) -> list[str]:
+    """Name the classes that a model hardly knows.
+
+    Args:
+        result (`Mapping`): From `drmm_hf.evaluation.audit.audit`.
+
+    Returns:
+        `list[str]`: One line, or none if it knows all.
+    """
+    from ..evaluation.audit import CONFIDENT
+
+    weak = [entry for entry in result["classes"] if not entry["known"]]
+    if not weak:
+        return []
+    listed = [
+        f"{entry['name']} (AP {100 * entry['AP']:.0f}, {entry['confident']} predictions of {CONFIDENT} and more for "
+        f"{entry['annotations']} annotations)"
+        for entry in weak[:_LISTED]
+    ]
+    more = f" and {len(weak) - _LISTED} more, all in audit.json" if len(weak) > _LISTED else ""
+    return [
+        f"warning: the model hardly knows {', '.join(listed)}{more}: what it suspects of these classes says more of "
+        "the model than of the annotations"
+    ]
 
 
 def draw_sheets(
@@ -153,7 +194,7 @@ def draw_sheets(
     from ..data.loading import load_image
     from ..visualization.contact_sheet import Card, contact_sheet, crop, html_sheet
 
-    files, names = _names(annotations)
+    names = _names(annotations)
     rows = {image_id: row for row, image_id in enumerate(dataset["image_id"])}
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     image = lru_cache(8)(lambda image_id: load_image(dataset[rows[image_id]]))
@@ -164,16 +205,17 @@ def draw_sheets(
     ):
         sections[heading] = cards = []
         for entry in result[key][:worst]:
-            boxes = (entry["bbox"], entry["suggestion"]["bbox"]) if key == "annotations" else (None, entry["bbox"])
-            cards.append(
-                Card(crop(image(entry["image_id"]), *boxes), [*describe(entry, names), files[entry["image_id"]]])
-            )
+            boxes = (None, entry["bbox"])
+            if key == "annotations":
+                boxes = (entry["bbox"], entry["suggestion"] and entry["suggestion"]["bbox"])
+            cards.append(Card(crop(image(entry["image_id"]), *boxes), [*describe(entry, names), entry["file_name"]]))
         if cards:
             contact_sheet(cards[:_ON_PNG], annotated=key == "annotations").save(output / f"{key}.png")
             written.append(f"{key}.png")
     counts = f"{result['num_images']} images, {len(result['annotations'])} annotations"
     counts += f", {result['num_crowds']} crowds left out"
-    (output / "audit.html").write_text(html_sheet("Audit of annotations", sections, [counts]), encoding="utf-8")
+    page = html_sheet("Audit of annotations", sections, [counts, *warnings(result)], _LEGEND)
+    (output / "audit.html").write_text(page, encoding="utf-8")
     return written
 
 
@@ -237,10 +279,12 @@ def score_table(scored: Mapping[str, Any]) -> str:
 
 def _annotation_lines(entry: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
     """Say what is annotated, and what the model would have put there."""
-    suggestion = entry["suggestion"]
+    seen, suggestion = "nothing that overlaps it", entry["suggestion"]
+    if suggestion is not None:
+        seen = f"{names[suggestion['category_id']]} {suggestion['score']:.2f}, IoU {suggestion['iou']:.2f}"
     return [
         f"{names[entry['category_id']]} #{entry['annotation_id']}: {entry['reason']}",
-        f"model: {names[suggestion['category_id']]} {suggestion['score']:.2f}, IoU {suggestion['iou']:.2f}",
+        f"model: {seen}",
         f"plausibility {entry['plausibility']:.2g}",
     ]
 
@@ -251,10 +295,9 @@ def _missing_lines(entry: Mapping[str, Any], names: Mapping[int, str]) -> list[s
     return [f"{names[entry['category_id']]} {entry['score']:.2f}", f"box {box}"]
 
 
-def _names(annotations: Mapping[str, Any]) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the names of pictures and categories by their ids."""
-    files = {record["id"]: record.get("file_name", f"image {record['id']}") for record in annotations["images"]}
-    return files, {record["id"]: record["name"] for record in annotations["categories"]}
+def _names(annotations: Mapping[str, Any]) -> dict[int, str]:
+    """Return the names of categories by their ids."""
+    return {record["id"]: record["name"] for record in annotations["categories"]}
 
 
 def _counts(counter: Counter) -> str:

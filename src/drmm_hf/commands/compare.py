@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures to draw, where they differ most (default: 4)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="type of the weights of every model (default: as they were saved)",
+    )
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add_json(parser)
 
@@ -78,13 +83,17 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.predict import load_detector
     from ..evaluation.report import load_results, load_split
 
+    if args.dtype is not None and all(source.endswith(".json") for source in named.values()):
+        raise ValueError(f"dtype is {args.dtype!r}, and no model is given; json files of results have no weights.")
     sources = {name: source if source.endswith(".json") else find_source(source) for name, source in named.items()}
     dataset, annotations = load_split(args.data, args.split)
     logging.disable_progress_bar()  # of each weight that is loaded
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place costs none
     detectors = {
-        name: load_results(source, annotations)[0] if source.endswith(".json") else load_detector(source, args.device)
+        name: load_results(source, annotations)[0]
+        if source.endswith(".json")
+        else load_detector(source, args.device, args.dtype)
         for name, source in sources.items()
     }
     options = {"batch_size": args.batch_size, "top_k": args.top_k, "num_timed": args.timed}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import Any
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .counts import at_least
 from .document import add_json
 
+
+if TYPE_CHECKING:
+    import datasets
 
 _LISTED = 5  # messages of one kind that are printed; --json has all
 _CLASSES = 30  # lines of the class table
@@ -25,9 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-queries",
         type=at_least(1),
-        default=300,
         metavar="K",
-        help="most objects that a model can find (default: 300)",
+        help="most objects that a model can find (default: what drmm train chooses for the first split)",
     )
     parser.add_argument("--bbox-format", choices=["xywh", "xyxy", "cxcywh"], help="of boxes that do not prove theirs")
     parser.add_argument(
@@ -47,12 +50,38 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..data.doctor import examine
 
+    num_queries = _chosen_queries if args.num_queries is None else args.num_queries
     report = examine(
-        args.data, args.split, num_queries=args.num_queries, bbox_format=args.bbox_format, threads=args.threads
+        args.data, args.split, num_queries=num_queries, bbox_format=args.bbox_format, threads=args.threads
     )
     args.document = report
     print(text(report))
+    print(next_step(report, args.split, args.bbox_format))
     return 1 if report["num_problems"] else 0
+
+
+def next_step(report: Mapping[str, Any], splits: Sequence[str] | None, bbox_format: str | None) -> str:
+    """Say which command comes next.
+
+    Args:
+        report (`Mapping`): From `drmm_hf.data.doctor.examine`.
+        splits (`Sequence[str]`, *optional*): Those that were asked for, if not all.
+        bbox_format (`str`, *optional*): Format of the boxes, as given.
+
+    Returns:
+        `str`: A line.
+    """
+    given = [] if bbox_format is None else ["--bbox-format", bbox_format]
+    again = shlex.join(["drmm", "doctor", report["source"], *given])
+    train = ["drmm", "train", "--data", report["source"], *given]
+    if not any(name.lower().startswith("train") for name in report["splits"]):  # as `drmm train` looks for it
+        if splits is not None:
+            return f"next: {again}, for all splits"
+        train += ["--train-split", "NAME"]
+    if report["num_problems"]:
+        skip = shlex.join([*train, "--invalid-data", "skip", "--output", "runs/mine"])
+        return f"next: mend them, then {again}; or leave them out: {skip}"
+    return f"next: {shlex.join([*train, '--output', 'runs/mine'])}"
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -72,6 +101,13 @@ def text(report: Mapping[str, Any]) -> str:
         lines += ["", "to know"]
         lines += [f"  {note}" for note in report["notes"]]
     return "\n".join([*lines, "", *_problem_lines(report)])
+
+
+def _chosen_queries(dataset: datasets.Dataset) -> int:
+    """Return the number of queries of the recipe that `drmm train` chooses for these pictures."""
+    from ..training.presets import describe, enough_queries
+
+    return enough_queries(describe(dataset))
 
 
 def _figures(parts: Mapping[str, Mapping[str, Any]], num_queries: int) -> list[tuple[str, list[str]]]:
@@ -101,7 +137,7 @@ def _figures(parts: Mapping[str, Mapping[str, Any]], num_queries: int) -> list[t
         ("  crowds besides", counts("crowds")),
         ("  a picture, median / 95 % / max", quantiles("boxes_per_picture", "median", "95 %", "max")),
         ("  small / medium / large in %", shares()),
-        (f"  pictures / boxes beyond {num_queries}", beyond),
+        (f"  pictures / boxes beyond {num_queries} queries", beyond),
     ]
 
 
@@ -141,7 +177,4 @@ def _problem_lines(report: Mapping[str, Any]) -> list[str]:
             if entry["count"] > _LISTED:
                 lines.append(f"    and {entry['count'] - _LISTED} more, all in --json")
             lines.append(f"    -> {advice}")
-    return [
-        *lines,
-        "Training stops at wrong records, boxes and pictures, or leaves them out if told to skip them.",
-    ]
+    return [*lines, "Training stops at wrong records, boxes and pictures; pictures of two splits it does not notice."]

@@ -31,7 +31,7 @@ def examine(
     source: str | Path,
     splits: Collection[str] | None = None,
     *,
-    num_queries: int = 300,
+    num_queries: int | Callable[[Dataset], int] = 300,
     bbox_format: BoxFormat | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -40,13 +40,14 @@ def examine(
     Args:
         source (`str` or `Path`): As in `drmm_hf.data.coco.load_detection_dataset`.
         splits (`Collection[str]`, *optional*): Which splits; by default all.
-        num_queries (`int`): Predictions of the model for one picture: more objects cannot all be found.
+        num_queries (`int` or `Callable`): Predictions of the model for one picture: more objects cannot all be found.
+            A function chooses them for the first split with pictures; that of training is the first.
         bbox_format (`str`, *optional*): Format of boxes that do not prove theirs.
         threads (`int`, *optional*): Pictures decoded side by side; by default one for each core.
 
     Returns:
-        `dict`: `source`, `layout`, `num_problems`, `splits` (name -> figures and `problems`, which hold all messages)
-        and `notes`: what is no error but worth to know, in words. Json as it is.
+        `dict`: `source`, `layout`, `num_queries`, `num_problems`, `splits` (name -> figures and `problems`, which hold
+        all messages) and `notes`: what is no error but worth to know, in words. Json as it is.
 
     Raises:
         ValueError: If the source is not understood or has no such split.
@@ -55,7 +56,9 @@ def examine(
     layout, readers = find_splits(source, bbox_format=bbox_format)
     names = list(readers) if splits is None else [resolve_split(split, readers, source) for split in splits]
     names.sort(key=lambda name: plain_split(name) != "train")  # a picture of two splits is wrong in the other one
-    report: dict[str, Any] = {"source": str(source), "layout": layout, "num_queries": num_queries, "splits": {}}
+    report: dict[str, Any] = {"source": str(source), "layout": layout, "num_queries": None, "splits": {}}
+    if isinstance(num_queries, int):
+        report["num_queries"] = num_queries
     places: dict[str, tuple[str, str]] = {}  # digest of a picture -> split and name of the first one
     first: list[dict[str, Any]] | None = None
     for split in dict.fromkeys(names):
@@ -63,7 +66,9 @@ def examine(
         dataset = _read(readers[split], split, problems)
         if dataset is not None:
             pictures = _pictures(dataset, split, threads)
-            report["splits"][split] = _figures(dataset, pictures, num_queries)
+            if callable(num_queries) and report["num_queries"] is None and len(dataset):
+                report["num_queries"] = num_queries(dataset)
+            report["splits"][split] = _figures(dataset, pictures, report["num_queries"] or 0)
             report["splits"][split]["duplicates"] = _compare(dataset, pictures, split, places, problems)
             known = sorted(categories(dataset), key=lambda record: record["id"])
             first = known if first is None else first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -66,10 +67,7 @@ class Film:
         try:
             for index, frame in enumerate(self._container.decode(self._stream)):
                 if index % self.every == 0:
-                    image = frame.to_image()
-                    if frame.rotation:  # of a camera that was held otherwise
-                        image = image.rotate(frame.rotation, expand=True)
-                    yield Frame(index, frame.time or 0.0, image)
+                    yield Frame(index, frame.time or 0.0, _displayed(frame))
         except av.FFmpegError as error:
             raise ValueError(f"{self.name} is damaged after frame {index}: {error}") from None
         finally:
@@ -111,6 +109,29 @@ def film_writer(path: str | Path, rate: Fraction) -> Iterator[Any]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+# Signs of a display matrix (a, b, c, d), which shows pixel (x, y) at (a x + c y, b x + d y) -> what it does.
+_TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+def _displayed(frame: Any) -> Image.Image:
+    """Return a frame as players show it: turned and mirrored by its display matrix; by other angles, it stays."""
+    image = frame.to_image()
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))  # of a camera that was held otherwise
+            turn = _TURNS.get(tuple(round(value / 65536) for value in (a, b, c, d)))
+            return image if turn is None else image.transpose(turn)
+    return image
 
 
 def _decoder():

@@ -7,7 +7,7 @@ can with any detector; `score_audit` measures either against errors that were pl
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert, box_iou, nms
 
-from .coco_metrics import load_annotations
+from .coco_metrics import coco_metrics, load_annotations
 from .likelihood import Evidence
 from .matches import match
 from .planted_errors import KINDS
@@ -24,6 +24,8 @@ from .planted_errors import KINDS
 
 # Smallest IoU of two boxes that show the same object, and of an annotation and the component that answers for it.
 SAME_OBJECT, SAME_PLACE = 0.5, 0.1
+# Score from which a prediction is called confident, and AP below which the model hardly knows a class.
+CONFIDENT, KNOWN = 0.5, 0.2
 
 
 def audit(
@@ -46,39 +48,83 @@ def audit(
         top_k (`int`): Number of predictions a picture.
 
     Returns:
-        `dict`: `annotations`, the least plausible first: `annotation_id`, `image_id`, `category_id`, `bbox` (xywh,
-        pixels) as annotated, `plausibility` in [0, 1], `nll`, `reason` ("box", "class" or "nothing there") and
-        `suggestion`, what the most responsible component would have put there (`category_id`, `bbox`, `score`, and
-        `iou` with the annotation). `missing`, COCO results by falling score. `num_images` and `num_crowds`.
+        `dict`: `annotations`, the least plausible first: `annotation_id`, `image_id`, `file_name`, `category_id`,
+        `bbox` (xywh, pixels) as annotated, `plausibility` in [0, 1], `nll`, `reason` ("box", "class" or "nothing
+        there") and `suggestion`, what the most responsible component would have put there (`category_id`, `bbox`,
+        `score`, and `iou` with the annotation); None where it overlaps the annotation by less than an IoU of 0.1, for
+        then it shows something else: the reason is "nothing there". `missing`, COCO results by falling score, with
+        `file_name`. `classes`, from `class_strengths`. `num_images` and `num_crowds`.
     """
     annotations = load_annotations(annotations)
+    files = {record["id"]: record.get("file_name", f"image {record['id']}") for record in annotations["images"]}
     records = [annotations["annotations"][index] for index in evidence.annotation_indices.tolist()]
     category_ids = evidence.category_ids.tolist()
     boxes = box_convert(torch.from_numpy(evidence.boxes), "xyxy", "xywh").tolist()
     entries, taken = [], set()
     for row, record in enumerate(records):
         iou = _iou([record["bbox"]], [boxes[row]]).item()
-        suggestion = {"category_id": category_ids[row], "bbox": [round(value, 2) for value in boxes[row]]}
-        suggestion |= {"score": float(evidence.scores[row]), "iou": iou}
+        suggestion: dict[str, Any] | None = None
+        if iou >= SAME_PLACE:
+            suggestion = {"category_id": category_ids[row], "bbox": [round(value, 2) for value in boxes[row]]}
+            suggestion |= {"score": float(evidence.scores[row]), "iou": iou}
+            taken.add((record["image_id"], int(evidence.queries[row])))
         entries.append(
             {
                 **_identity(record),
+                "file_name": files[record["image_id"]],
                 "plausibility": float(np.exp(evidence.log_plausibility[row])),
                 "nll": float(evidence.nll[row]),
-                "reason": _reason(evidence, row, iou),
+                "reason": "nothing there" if suggestion is None else _reason(evidence, row),
                 "suggestion": suggestion,
             }
         )
-        if iou >= SAME_PLACE:
-            taken.add((record["image_id"], int(evidence.queries[row])))
     order = np.argsort(evidence.log_plausibility, kind="stable").tolist()
     missing = unexplained(annotations, detections_coco, top_k)
     return {
         "num_images": len(annotations["images"]),
         "num_crowds": sum(bool(record.get("iscrowd")) for record in annotations["annotations"]),
+        "classes": class_strengths(annotations, detections_coco),
         "annotations": [entries[index] for index in order],
-        "missing": [entry for entry in missing if (entry["image_id"], entry["query"]) not in taken],
+        "missing": [
+            {**entry, "file_name": files[entry["image_id"]]}
+            for entry in missing
+            if (entry["image_id"], entry["query"]) not in taken
+        ],
     }
+
+
+def class_strengths(
+    annotations: Mapping[str, Any], detections_coco: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Measure how well a model knows each class: of one that it does not know, its suspicions are worth nothing.
+
+    Args:
+        annotations (`Mapping`): Content of a COCO file.
+        detections_coco (`Sequence[Mapping]`): COCO results without a score threshold.
+
+    Returns:
+        `list[dict]`: For each class that is annotated, the lowest AP first: `category_id`, `name`, `annotations`
+        (their number, without crowds), `AP` on these very annotations (a fraction), `confident` (predictions with a
+        score of at least 0.5) and `known`, whether AP is at least 0.2.
+    """
+    annotated = Counter(record["category_id"] for record in annotations["annotations"] if not record.get("iscrowd"))
+    confident = Counter(entry["category_id"] for entry in detections_coco if entry["score"] >= CONFIDENT)
+    known = coco_metrics(annotations, detections_coco)["AP_per_class"]
+    strengths = []
+    for record in annotations["categories"]:
+        identity, ap = record["id"], known[record["name"]]
+        if ap is not None:
+            strengths.append(
+                {
+                    "category_id": identity,
+                    "name": record["name"],
+                    "annotations": annotated[identity],
+                    "AP": ap,
+                    "confident": confident[identity],
+                    "known": ap >= KNOWN,
+                }
+            )
+    return sorted(strengths, key=lambda entry: entry["AP"])
 
 
 def confidence_audit(
@@ -202,11 +248,11 @@ def _precision_recall(scores: np.ndarray, correct: np.ndarray, num: int) -> dict
     }
 
 
-def _reason(evidence: Evidence, row: int, iou: float) -> str:
-    """Say which part of the evidence speaks most against an annotation."""
+def _reason(evidence: Evidence, row: int) -> str:
+    """Say which part of the evidence speaks most against an annotation that the responsible component overlaps."""
     if evidence.log_class[row] <= min(evidence.log_box[row], evidence.log_object[row]):
         return "class"
-    return "box" if evidence.log_box[row] <= evidence.log_object[row] and iou >= SAME_PLACE else "nothing there"
+    return "box" if evidence.log_box[row] <= evidence.log_object[row] else "nothing there"
 
 
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,11 @@ def compare(
 
     Returns:
         `dict`: `models`, by name `AP AP50 ECE ECE_0.1` (see `measure`), `NLL` (of the last stage, in pixels of the
-        original picture; None without a density), `parameters`, `seconds` a picture (median), `speed` (how many times
-        as fast as the first that was timed, median over pictures) and `speed_quartiles`; None for what was not run;
-        `threshold`, the score of the best F1 over all classes, `input_size` and `folder`. `pictures`, those where the
-        detectors differ most first: `image_id`, `file_name`, and `errors`, by name what `picture_errors` finds at the
-        detector's own threshold.
+        original picture; None without a density), `parameters`, `dtype` (of the weights), `seconds` a picture
+        (median), `speed` (how many times as fast as the first that was timed, median over pictures) and
+        `speed_quartiles`; None for what was not run; `threshold`, the score of the best F1 over all classes,
+        `input_size` and `folder`. `pictures`, those where the detectors differ most first: `image_id`, `file_name`,
+        and `errors`, by name what `picture_errors` finds at the detector's own threshold.
 
     Raises:
         ValueError: What `evaluate` and `measure` raise; before the work if a model has other classes.
@@ -76,14 +76,14 @@ def compare(
     models: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     for number, (name, detector) in enumerate(detectors.items(), start=1):
-        folder, nll, parameters, size = output_dir / folder_name(number, name), None, None, None
+        folder, nll, parameters, size, dtype = output_dir / folder_name(number, name), None, None, None, None
         if isinstance(detector, Detections):
             metrics: Any = measure(detector, annotations, mapping, folder, top_k=top_k)
         else:
             options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
             metrics = evaluate(*detector, dataset, annotations, folder, top_k=top_k, **options)
             parameters = sum(parameter.numel() for parameter in detector[0].parameters())
-            size = input_size(detector[1])
+            size, dtype = input_size(detector[1]), str(next(detector[0].parameters()).dtype).removeprefix("torch.")
             if has_density(detector[0].config):
                 found = likelihoods(*detector, dataset, annotations, **options)
                 nll = float((found.nll[-1] - found.log_scales).mean())
@@ -93,6 +93,7 @@ def compare(
         errors[name] = picture_errors(annotations, entries, threshold, top_k)
         models[name] = {figure: metrics[figure] for figure in _FIGURES}
         models[name] |= {"NLL": nll, "threshold": threshold, "parameters": parameters, "input_size": size}
+        models[name]["dtype"] = dtype
         models[name]["folder"] = folder.name
         models[name] |= dict.fromkeys(("seconds", "speed", "speed_quartiles"))
 

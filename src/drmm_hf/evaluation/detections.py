@@ -210,19 +210,22 @@ class Detections:
             `Detections`: The same as was written.
 
         Raises:
-            ValueError: If the file is damaged.
+            ValueError: If the file is damaged or holds what `add` refuses.
         """
         detections = cls()
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                detections._images = {image_id: {} for image_id in arrays["image_ids"].tolist()}
+                image_ids = arrays["image_ids"].tolist()
+                results: list[dict[str, Any]] = [{} for _ in image_ids]
                 for name in _SHAPES:
                     counts = arrays[f"{name}_count"]
                     stops = np.cumsum(np.maximum(counts, 0))
                     rows = arrays[name] if (counts >= 0).any() else np.empty(0)
-                    for result, count, stop in zip(detections._images.values(), counts, stops, strict=True):
+                    for result, count, stop in zip(results, counts, stops, strict=True):
                         if count >= 0:
                             result[name] = rows[stop - count : stop]
+            for image_id, result in zip(image_ids, results, strict=True):
+                detections.add(image_id, result)
         except (BadZipFile, EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         return detections

@@ -18,6 +18,7 @@ from huggingface_hub.errors import FileMetadataError
 from huggingface_hub.utils import HFValidationError, httpx
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from drmm_hf.data.loading import load_image
 
@@ -80,23 +81,33 @@ def load_detector(
         raise ValueError(f"device is {str(device)!r}, which cannot be used: {error}") from error
 
 
-def check_reachable(name: str) -> None:
+def check_reachable(name: str, argument: str = "model", repository: str | None = None) -> None:
     """Ask the Hub once for a model that is not in its cache: a download would ask for half a minute.
 
     Args:
         name (`str`): Folder or Hub id; of a folder nothing is asked.
+        argument (`str`): Its name in the message.
+        repository (`str`, *optional*): Where it lies on the Hub, if the name is another one.
 
     Raises:
-        ValueError: If there is no connection. What the Hub answers is left to the download.
+        ValueError: If there is no connection, or HF_HUB_OFFLINE forbids one. What the Hub answers is left to the
+            download.
     """
-    if constants.HF_HUB_OFFLINE or Path(name).is_dir():
+    if Path(name).is_dir():
         return
+    place, files = repository or name, ("config.json", SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        if any(isinstance(try_to_load_from_cache(place, file), str) for file in files):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"{argument} is {name!r}, which is no folder here and not in the cache of the Hub, and HF_HUB_OFFLINE "
+                "forbids to ask it"
+            )
+        get_hf_file_metadata(hf_hub_url(place, "config.json"))
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ValueError(
-            f"model is {name!r}, which is no folder here, and the Hub cannot be reached: {error}"
+            f"{argument} is {name!r}, which is no folder here, and the Hub cannot be reached: {error}"
         ) from error
     except (httpx.HTTPError, FileMetadataError, HFValidationError):
         return

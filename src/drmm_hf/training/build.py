@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,11 +27,11 @@ from ..data.loading import DetectionDataset, data_loader
 from ..data.problems import Problems
 from ..data.stream import StreamLoader
 from ..evaluation.coco_metrics import ground_truth, load_annotations
-from ..evaluation.predict import readable_settings
+from ..evaluation.predict import check_reachable, readable_settings
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..modeling.modeling_drmm import DrmmForObjectDetection
-from .arguments import DataArguments, Recipe
+from .arguments import DataArguments, Recipe, TrainingArguments
 from .stop_request import end_workers_at_exit, ignore_signals
 
 
@@ -117,6 +118,30 @@ def first_rich_pictures(dataset: datasets.Dataset, count: int) -> tuple[datasets
         raise ValueError(f"data.overfit is {count}, but only {len(chosen)} pictures have 5 boxes or more")
     dataset = dataset.select(chosen)
     return dataset, ground_truth(dataset)
+
+
+def check_pretrained(training: TrainingArguments) -> None:
+    """Ask the Hub once, before any work, for what a run starts from.
+
+    Args:
+        training (`TrainingArguments`): `init_from` and `backbone_weights`; for folders and files nobody is asked.
+
+    Raises:
+        ValueError: If the Hub cannot be reached, or must not be; the message names the argument.
+        FileNotFoundError: If it is a path and does not exist.
+    """
+    if training.init_from is not None:
+        check_reachable(find_source(training.init_from, "init_from"), "init_from")
+    weights = training.backbone_weights
+    if weights in (None, "none") or os.path.isfile(os.path.expanduser(weights)):
+        return
+    weights, repository = find_source(weights, "backbone_weights"), None
+    if "/" not in weights:  # a name of timm's, which knows where it lies
+        import timm
+
+        known = timm.get_pretrained_cfg(weights) if timm.is_model(weights.partition(".")[0]) else None
+        repository = known and known.hf_hub_id
+    check_reachable(weights, "backbone_weights", repository)
 
 
 def build_model(recipe: Recipe, label_map: LabelMap) -> tuple[DrmmForObjectDetection, DrmmImageProcessor]:

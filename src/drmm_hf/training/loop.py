@@ -33,7 +33,7 @@ from ..modeling.image_processing_drmm import DrmmImageProcessor
 from ..visualization.batch_pictures import save_augmented_pictures
 from .arguments import Recipe, TrainingArguments, load_recipe
 from .batch_size import find_batch_size
-from .build import build_model, load_split, training_loader
+from .build import build_model, check_pretrained, load_split, training_loader
 from .checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint, save_model
 from .ema import averaged_model
 from .epochs import Epochs
@@ -102,6 +102,7 @@ def run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> dict[str,
         training.batch_size, training.accumulation_steps = stored.batch_size, stored.accumulation_steps
         training.find_batch_size = False
     changes = check_run(output_dir, recipe, checkpoint)
+    check_pretrained(training)
     set_seed(training.seed)
 
     with accelerator.main_process_first():  # the others find its cache

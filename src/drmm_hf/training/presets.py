@@ -16,7 +16,7 @@ import torch
 
 from ..conversion.model_source import find_source
 from ..data.coco import find_splits
-from ..evaluation.predict import readable_settings
+from ..evaluation.predict import check_reachable, readable_settings
 from ..modeling.image_processing_drmm import DrmmImageProcessor
 from .arguments import DataArguments, Recipe, TrainingArguments, make_recipe, parse_value
 from .build import load_split
@@ -139,6 +139,7 @@ def trained_size(source: str) -> tuple[int, int] | None:
         ValueError: If it has no image processor, or a damaged one.
     """
     source = find_source(source, "init_from")
+    check_reachable(source, "init_from")
     with readable_settings(source, "init_from"):
         size = DrmmImageProcessor.from_pretrained(source).size
     return (size.shortest_edge, size.longest_edge) if size.shortest_edge and size.longest_edge else None
@@ -206,7 +207,7 @@ def few(facts: Mapping[str, int], edge: int | None = None, minutes: float | None
     Returns:
         `dict`: The three sections of a recipe, and `notes`.
     """
-    queries = enough_queries(facts["most"], least=100)
+    queries = enough_queries(facts)
     near = _round(min(max(facts["shortest_edge"], 192), 480), 32)
     affordable = near if minutes is None else _round(MEASURED_EDGE * max(1, minutes / MEASURED_MINUTES) ** 0.5, 16)
     edge = edge or min(near, affordable)
@@ -287,7 +288,7 @@ def many(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
     Returns:
         `dict`: The three sections of a recipe, and `notes`.
     """
-    queries = enough_queries(facts["most"], least=300)
+    queries = enough_queries(facts)
     edge = edge or _round(min(max(facts["shortest_edge"], 320), 800), 32)
     scale = edge / 800
     large = {
@@ -331,17 +332,18 @@ def many(facts: Mapping[str, int], edge: int | None = None) -> dict[str, Any]:
     return {"model": model, "data": large, "training": training, "notes": notes}
 
 
-def enough_queries(most: int, least: int) -> int:
+def enough_queries(facts: Mapping[str, int]) -> int:
     """Choose a number of queries.
 
     Args:
-        most (`int`): Objects in the fullest picture.
-        least (`int`): Lower bound.
+        facts (`Mapping`): From `describe`.
 
     Returns:
-        `int`: The smallest of `GRIDS` that is at least `least` and 3 for each of these objects; else the largest.
+        `int`: The smallest of `GRIDS` that is at least 100, or 300 for more than 2000 pictures, and 3 for each object
+        of the fullest picture; else the largest.
     """
-    return next((number for number in GRIDS if number >= max(least, 3 * most)), max(GRIDS))
+    least = max(100 if facts["num_images"] <= FEW else 300, 3 * facts["most"])
+    return next((number for number in GRIDS if number >= least), max(GRIDS))
 
 
 def _round(value: float, multiple: int) -> int:

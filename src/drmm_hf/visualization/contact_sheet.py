@@ -110,19 +110,25 @@ def contact_sheet(cards: Sequence[Card], columns: int = 6, annotated: bool = Tru
     return sheet
 
 
-def html_sheet(title: str, sections: Mapping[str, Sequence[Card]], notes: Sequence[str] = ()) -> str:
+def html_sheet(
+    title: str, sections: Mapping[str, Sequence[Card]], notes: Sequence[str] = (), legend: Mapping[str, str] = {}
+) -> str:
     """Return cards as one page of html that needs no other file.
 
     Args:
         title (`str`): Of the page.
         sections (`Mapping[str, Sequence[Card]]`): By their heading.
         notes (`Sequence[str]`): Lines below the title.
+        legend (`Mapping[str, str]`): Words that the cards use, and what they mean.
 
     Returns:
         `str`: The page. All text is escaped, pictures are within.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes)]
     parts.append('<p><span class="key a"></span> annotated <span class="key s"></span> the model\'s</p>')
+    if legend:
+        terms = "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>\n" for term, text in legend.items())
+        parts.append(f"<dl>\n{terms}</dl>")
     for heading, cards in sections.items():
         parts.append(f"<h2>{html.escape(heading)}</h2>\n<div>")
         for card in cards:
@@ -140,6 +146,10 @@ def html_sheet(title: str, sections: Mapping[str, Sequence[Card]], notes: Sequen
 
 _STYLE = f"""
 body {{ font: 14px/1.4 system-ui, sans-serif; color: #2b2f36; margin: 2em; }}
+p, dl {{ max-width: 70em; }}
+dl {{ display: grid; grid-template-columns: max-content auto; gap: 2px 1em; }}
+dt {{ font-weight: bold; }}
+dd {{ margin: 0; }}
 div {{ display: flex; flex-wrap: wrap; gap: 14px; }}
 figure {{ margin: 0; width: {_SIDE}px; }}
 figcaption {{ overflow-wrap: anywhere; }}
