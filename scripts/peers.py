@@ -235,7 +235,7 @@ def start_as_published(detector: PreTrainedModel, heads: Sequence[nn.ModuleList]
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
     for module in detector.modules():
-        if type(module).__name__.endswith("DeformableAttention"):
+        if hasattr(module, "sampling_offsets"):
             detector._init_weights(module)
     for head in heads[0]:
         nn.init.constant_(head.bias, -math.log(99))  # scores of 0.01

@@ -125,7 +125,7 @@ def test_detrs_start_as_published_and_train_all_of_their_parts(make_peer, proces
     detector = peer.detector
     norms = [module for module in detector.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert all(module.weight.eq(1).all() for module in norms if module.weight.requires_grad)
-    attention = [m for m in detector.modules() if type(m).__name__.endswith("DeformableAttention")]
+    attention = [module for module in detector.modules() if hasattr(module, "sampling_offsets")]
     assert attention and all(m.sampling_offsets.weight.eq(0).all() for m in attention)
     assert all(m.sampling_offsets.bias.abs().max() > 0 for m in attention)
     assert all(head.bias.sigmoid().tolist() == pytest.approx([0.01] * 3) for head in detector.class_embed)
@@ -144,7 +144,7 @@ def test_a_run_leaves_its_figures(tmp_path, name):
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert [line["images"] for line in lines] == [2, 3]  # three pictures in batches of two: none is dropped
-    assert all(0 < line["minutes"] < 5 and line["loss"] > 0 and "ECE_0.1" in line for line in lines)
+    assert all(0 < line["minutes"] < 5 and line["loss"] > 0 and "ECE" in line for line in lines)
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["peer"] == name and metrics["training"]["learning_rate"] == 1e-4
     assert metrics["parameters"]["all"] >= metrics["parameters"]["trained"] > 0
