@@ -1,12 +1,14 @@
-"""Train a detector of transformers or torchvision on what a D-RMM run is trained on, and draw both over time.
+"""Train D-RMM and detectors of transformers and torchvision on the same pictures for the same time, and draw them.
 
 python scripts/peers.py faster_rcnn --data BCCD --backbone-weights LITE0 --output runs/faster_rcnn --max-minutes 15
-python scripts/peers.py draw runs/faster_rcnn runs/bccd_study --output runs/time.png
+python scripts/peers.py drmm --data BCCD --backbone-weights LITE0 --output runs/drmm --max-minutes 15
+python scripts/peers.py draw runs/faster_rcnn runs/drmm --output runs/time.png
 
 Pictures, augmentation, batches, backbone and its weights, frozen parts, schedule and moving average are those of a
 recipe, by default `recipes/bccd_study.yaml`; any field of it can be given as to `drmm train`. Figures are those of
-`drmm evaluate`. Peers are built small, like the recipe's model, and start as their published code does. Minutes are
-processor time of training, without evaluation, so that other work on the machine costs no run its steps. On the CPU.
+`drmm evaluate`. Peers are built small, like the recipe's model, and start as their published code does; `drmm` is the
+recipe's model, step for step as `drmm train` trains it. Minutes are processor time of training, without evaluation, so
+that other work on the machine costs a run few of its steps. On the CPU.
 
 OUTPUT gets `log.jsonl` (a line an evaluation on the validation split), `best.pt` (the weights that were best there,
 a state dict), `metrics.json` (settings, size, time, memory, figures of both splits) and `test/` (`metrics.json` and
@@ -20,12 +22,12 @@ import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -46,7 +48,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BackboneOutput
 
-from drmm_hf import DrmmConfig, DrmmImageProcessor
+from drmm_hf import DrmmConfig, DrmmForObjectDetection, DrmmImageProcessor
 from drmm_hf.benchmarks.measuring import environment, peak_memory, processor_seconds
 from drmm_hf.commands.train import parse_fields
 from drmm_hf.conversion.backbone_weights import load_backbone_weights
@@ -58,7 +60,7 @@ from drmm_hf.evaluation.files import write_json
 from drmm_hf.evaluation.predict import picture_batches
 from drmm_hf.modeling.backbone import DrmmBackbone
 from drmm_hf.training.arguments import Recipe, TrainingArguments, load_recipe
-from drmm_hf.training.build import load_split, training_loader
+from drmm_hf.training.build import build_model, load_split, training_loader
 from drmm_hf.training.ema import averaged_model
 from drmm_hf.training.optimizer import build_optimizer, schedule_factor, set_learning_rate
 from drmm_hf.training.run_log import per_cent, read_log
@@ -121,6 +123,31 @@ class TransformersPeer(nn.Module):
             sizes = [(a * height / h, b * width / w) for (a, b), (h, w) in zip(whole, parts, strict=True)]
         outputs = self.detector(**inputs)
         return self.processor.post_process_object_detection(outputs, -1.0, sizes, TOP_K)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the detector was built with."""
+        return {name: value for name, value in self.detector.config.to_diff_dict().items() if "backbone" not in name}
+
+
+class DrmmPeer(nn.Module):
+    """Train and run D-RMM in the loop, and on the clock, of the others.
+
+    Args:
+        detector (`DrmmForObjectDetection`): The model.
+        processor (`DrmmImageProcessor`): Its processor.
+    """
+
+    def __init__(self, detector: DrmmForObjectDetection, processor: DrmmImageProcessor):
+        super().__init__()
+        self.backbone, self.detector, self.processor = detector.model.backbone, detector, processor
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the loss of a batch of the training loader."""
+        return self.detector(**batch, output_auxiliary=False).loss
+
+    def detect(self, inputs: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Return `boxes` (xyxy, pixels of the original picture), `scores` and `labels` of each picture."""
+        return self.processor.post_process_object_detection(self.detector(**inputs), -1.0, sizes, TOP_K)
 
     def settings(self) -> dict[str, Any]:
         """Return what the detector was built with."""
@@ -321,26 +348,17 @@ def fcos(backbone: DrmmBackbone, num_labels: int) -> TorchvisionPeer:
     return TorchvisionPeer(backbone, detector, {"pyramid": HIDDEN} | options, first_label=0)
 
 
-class Peer(NamedTuple):
-    """Say how to build a peer, and what of a recipe it has its own of.
-
-    Attributes:
-        build (`Callable`): From backbone and number of classes to the module.
-        fields (`dict`): Fields of a recipe, unless they are given.
-    """
-
-    build: Callable[[DrmmBackbone, int], nn.Module]
-    fields: dict[str, Any]
-
-
-# Rates, the backbone's share and the bound of the gradient are those of the published recipes, where these use AdamW.
-# On a CPU bfloat16 makes DETRs no faster, and it would round their boxes; torchvision's detectors take half the time.
+BUILDERS = {"deformable_detr": deformable_detr, "rt_detr_v2": rt_detr_v2, "faster_rcnn": faster_rcnn, "fcos": fcos}
+# Fields of a recipe that a peer has its own of, unless they are given. Rates, the backbone's share and the bound of
+# the gradient are those of the published recipes, where these use AdamW. On a CPU bfloat16 makes DETRs no faster, and
+# it would round their boxes; torchvision's detectors take half the time.
 _DETR = {"backbone_lr_factor": 0.1, "max_grad_norm": 0.1, "mixed_precision": "no"}
-PEERS = {
-    "deformable_detr": Peer(deformable_detr, {"learning_rate": 2e-4, **_DETR}),
-    "rt_detr_v2": Peer(rt_detr_v2, {"learning_rate": 1e-4, **_DETR}),
-    "faster_rcnn": Peer(faster_rcnn, {"learning_rate": 1e-3}),
-    "fcos": Peer(fcos, {"learning_rate": 1e-3}),
+FIELDS = {
+    "drmm": {},
+    "deformable_detr": {"learning_rate": 2e-4, **_DETR},
+    "rt_detr_v2": {"learning_rate": 1e-4, **_DETR},
+    "faster_rcnn": {"learning_rate": 1e-3},
+    "fcos": {"learning_rate": 1e-3},
 }
 # What the loop below does not do.
 _LEFT_OUT = {"accumulation_steps": 1, "find_batch_size": False, "compile": False, "gradient_checkpointing": False}
@@ -430,10 +448,13 @@ def detect(peer: nn.Module, processor: DrmmImageProcessor, dataset: Any, batch_s
 
 def build(name: str, recipe: Recipe, label_map: LabelMap) -> tuple[nn.Module, DrmmImageProcessor]:
     """Build a peer on the backbone of a recipe, and the processor of the backbone's weights."""
+    if name == "drmm":
+        model, processor = build_model(recipe, label_map)
+        return DrmmPeer(model, processor), processor
     processor = DrmmImageProcessor(
         size={"shortest_edge": recipe.data.shortest_edge, "longest_edge": recipe.data.longest_edge}
     )
-    peer = PEERS[name].build(DrmmBackbone(DrmmConfig(**recipe.model)), len(label_map))
+    peer = BUILDERS[name](DrmmBackbone(DrmmConfig(**recipe.model)), len(label_map))
     weights = recipe.training.backbone_weights
     if weights == "none":
         print("the backbone starts from random weights")
@@ -448,7 +469,7 @@ def run(name: str, recipe: Recipe, evaluations: int) -> dict[str, Any]:
     """Train a peer, evaluate it on the way, and test the best.
 
     Args:
-        name (`str`): One of `PEERS`.
+        name (`str`): One of `FIELDS`.
         recipe (`Recipe`): Data and training.
         evaluations (`int`): How many on the validation split, after equal shares of the run.
 
@@ -576,7 +597,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="name", required=True)
-    for name in PEERS:
+    for name in FIELDS:
         command = commands.add_parser(name, allow_abbrev=False, help="train it; further options are a recipe's fields")
         command.add_argument("--recipe", type=Path, default=Path(__file__).parent / "recipes" / "bccd_study.yaml")
         command.add_argument("--data", help="folder with the splits train, val and test; the recipe's by default")
@@ -595,7 +616,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"unknown: {' '.join(rest)}")
         draw(args.folders, args.output)
         return
-    fields: dict[str, Any] = {**PEERS[args.name].fields, "num_workers": 0}  # all work in the process that is timed
+    fields: dict[str, Any] = {**FIELDS[args.name], "num_workers": 0}  # all work in the process that is timed
     fields |= {"output_dir": args.output, "backbone_weights": args.backbone_weights}
     if args.data is not None:
         fields["source"] = args.data

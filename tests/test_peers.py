@@ -15,6 +15,7 @@ import peers  # noqa: E402
 
 from drmm_hf import DrmmConfig, DrmmImageProcessor  # noqa: E402
 from drmm_hf.modeling.backbone import DrmmBackbone  # noqa: E402
+from drmm_hf.training.loop import train  # noqa: E402
 
 
 TINY = ROOT / "tests" / "training" / "tiny.yaml"
@@ -40,7 +41,7 @@ def run(tmp_path, name, *options):
 def make_peer():
     def make(name):
         torch.manual_seed(0)
-        return peers.PEERS[name].build(DrmmBackbone(DrmmConfig(backbone_config=BACKBONE)), 3)
+        return peers.BUILDERS[name](DrmmBackbone(DrmmConfig(backbone_config=BACKBONE)), 3)
 
     return make
 
@@ -71,7 +72,7 @@ class Repeater(torch.nn.Module):
         return SimpleNamespace(logits=logits[None], pred_boxes=first["boxes"][None])
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", peers.BUILDERS)
 def test_what_is_learnt_is_what_is_annotated(make_peer, processor, name):
     peer = make_peer(name)
     repeater = peer.detector = Repeater(SimpleNamespace(two_stage=False))
@@ -138,7 +139,7 @@ def test_detrs_start_as_published_and_train_all_of_their_parts(make_peer, proces
     assert trained and all(parameter.grad is not None for parameter in trained)
 
 
-@pytest.mark.parametrize("name", peers.PEERS)
+@pytest.mark.parametrize("name", peers.BUILDERS)
 def test_a_run_leaves_its_figures(tmp_path, name):
     output = run(tmp_path, name, "--max-steps", "2", "--evaluations", "2", "--learning-rate", "1e-4")
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -153,6 +154,22 @@ def test_a_run_leaves_its_figures(tmp_path, name):
     assert torch.load(output / "best.pt")
     with pytest.raises(ValueError, match="must be new or empty"):
         run(tmp_path, name, "--max-steps", "1")
+
+
+def test_the_loop_is_that_of_drmm_train(tmp_path):
+    output = run(tmp_path, "drmm", "--max-steps", "4", "--evaluations", "4", "--dropout", "0.1")
+    theirs = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    fields = {"accumulation_steps": 1, "ema_decay": 0.9, "image_size": [96, 128], "shortest_edge": 96}
+    fields |= {"longest_edge": 128, "num_train_images": 3, "backbone_weights": "none", "max_steps": 4, "epochs": None}
+    train(peers.load_recipe(TINY, fields | {"output_dir": str(tmp_path / "trained"), "evaluate_every": 1}))
+    ours = peers.read_log(tmp_path / "trained" / "log.jsonl")
+    losses = [line["loss"] for line in ours if "loss" in line]
+    assert [line["loss"] for line in theirs] == pytest.approx(losses, rel=1e-5)
+    evaluations = {line["step"]: line for line in ours if "AP" in line}
+    assert set(evaluations) == {2, 4}
+    for line in theirs:
+        for name in ("AP", "AR100", "ECE") if line["step"] in evaluations else ():
+            assert line[name] == pytest.approx(evaluations[line["step"]][name], rel=1e-4)
 
 
 def test_minutes_are_processor_time_of_steps_alone(tmp_path, monkeypatch):
