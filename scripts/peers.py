@@ -30,7 +30,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import convert_to_fp32, set_seed
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -174,10 +174,21 @@ class TorchvisionPeer(nn.Module):
         detector (`nn.Module`): `FasterRCNN` or `FCOS`.
         settings (`dict`): What it was built with.
         first_label (`int`): Its label of our class 0: 1 where 0 is the background.
+        heads (`Sequence[nn.Module]`): Give float32 under autocast, as the pyramid does: anchors and boxes take their
+            type from it, and bfloat16 would round a pixel to two.
     """
 
-    def __init__(self, backbone: DrmmBackbone, detector: nn.Module, settings: dict[str, Any], first_label: int):
+    def __init__(
+        self,
+        backbone: DrmmBackbone,
+        detector: nn.Module,
+        settings: dict[str, Any],
+        first_label: int,
+        heads: Sequence[nn.Module],
+    ):
         super().__init__()
+        for module in (detector.backbone, *heads):
+            module.register_forward_hook(lambda _, inputs, outputs: convert_to_fp32(outputs))
         self.backbone, self.detector, self.first_label, self._settings = backbone, detector, first_label, settings
         detector.transform = BatchAlone(0, 0, [0.0] * 3, [1.0] * 3)
 
@@ -337,7 +348,8 @@ def faster_rcnn(backbone: DrmmBackbone, num_labels: int) -> TorchvisionPeer:
         box_predictor=FastRCNNPredictor(FEED_FORWARD, num_labels + 1),
         **options,
     )
-    return TorchvisionPeer(backbone, detector, {"pyramid": HIDDEN} | settings | options, first_label=1)
+    heads = [detector.rpn.head, detector.roi_heads.box_predictor]
+    return TorchvisionPeer(backbone, detector, {"pyramid": HIDDEN} | settings | options, 1, heads)
 
 
 def fcos(backbone: DrmmBackbone, num_labels: int) -> TorchvisionPeer:
@@ -345,7 +357,7 @@ def fcos(backbone: DrmmBackbone, num_labels: int) -> TorchvisionPeer:
     options = {"score_thresh": 0.0, "detections_per_img": TOP_K}
     pyramid = Pyramid(backbone, 1, LastLevelP6P7(HIDDEN, HIDDEN))
     detector = FCOS(pyramid, num_labels, **options)
-    return TorchvisionPeer(backbone, detector, {"pyramid": HIDDEN} | options, first_label=0)
+    return TorchvisionPeer(backbone, detector, {"pyramid": HIDDEN} | options, 0, [detector.head])
 
 
 BUILDERS = {"deformable_detr": deformable_detr, "rt_detr_v2": rt_detr_v2, "faster_rcnn": faster_rcnn, "fcos": fcos}

@@ -120,6 +120,18 @@ def test_torchvision_gets_pixels_as_they_are_and_its_own_labels(make_peer, proce
     assert set(found["labels"].tolist()) <= {0, 1, 2} and len(found["labels"]) <= peers.TOP_K
 
 
+@pytest.mark.parametrize("name", ["faster_rcnn", "fcos"])
+def test_autocast_rounds_no_box_of_torchvision(make_peer, processor, name):
+    peer = make_peer(name).eval()
+    image = torch.randint(256, (3, 96, 416), dtype=torch.uint8)
+    batch = processor(images=[image], do_resize=False, return_tensors="pt")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = peer.detect(batch, [(96, 416)])
+    inside = found["boxes"][(found["boxes"] > 1).all(1) & (found["boxes"][:, 2] < 415) & (found["boxes"][:, 3] < 95)]
+    assert len(inside) > 10 and found["boxes"].dtype == torch.float32
+    assert (inside != inside.bfloat16().float()).any(1).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("name", ["deformable_detr", "rt_detr_v2"])
 def test_detrs_start_as_published_and_train_all_of_their_parts(make_peer, processor, name):
     peer = make_peer(name).train()
