@@ -549,33 +549,34 @@ def run(name: str, recipe: Recipe, evaluations: int) -> dict[str, Any]:
     return write_json(figures, output / "metrics.json")
 
 
-def curve(folder: Path) -> list[tuple[float, float]]:
+def curve(folder: Path) -> tuple[list[tuple[float, float]], str]:
     """Read minutes of training and AP on the validation split from the log of a peer or of `drmm train`.
 
-    The clock of `drmm train` runs on while it saves and evaluates. A training line stands right before each
-    evaluation, so that this can be taken off.
+    The clock of `drmm train` is the wall's, and runs on while it saves and evaluates. A training line stands right
+    before each evaluation, so that this can be taken off.
 
     Args:
         folder (`Path`): Of the run.
 
     Returns:
-        `list[tuple[float, float]]`: Minutes and AP of each evaluation.
+        `tuple[list[tuple[float, float]], str]`: Minutes and AP of each evaluation, and whose minutes they are.
     """
-    points, spent, before = [], 0.0, None
+    points, clock, spent, before = [], "processor", 0.0, None
     for line in read_log(folder / "log.jsonl"):
         if "AP" in line and "minutes" in line:
             points.append((line["minutes"], line["AP"]))
         elif "AP" in line:
             points.append(((before["seconds"] - spent) / 60, line["AP"]))
             spent += line["seconds"] - before["seconds"]
+            clock = "wall clock"
         before = line
     if not points:
         raise ValueError(f"{str(folder)!r} has no log.jsonl with evaluations")
-    return points
+    return points, clock
 
 
 def draw(folders: Sequence[Path], path: Path) -> None:
-    """Draw AP against minutes of training, and print where each run ends.
+    """Draw AP against minutes of training, those of the wall clock dashed, and print where each run ends.
 
     Args:
         folders (`Sequence[Path]`): Runs; those of `NAME/seedN` get the colour and the name of `NAME`.
@@ -589,12 +590,14 @@ def draw(folders: Sequence[Path], path: Path) -> None:
     axes, colours = figure.subplots(), {}
     for folder in folders:
         name = folder.resolve().parent.name if folder.name.startswith("seed") else folder.resolve().name
-        minutes, values = zip(*curve(folder), strict=True)
-        print(f"{folder}: {minutes[-1]:.2f} minutes of training, best AP {max(values):.4f}")
+        points, clock = curve(folder)
+        minutes, values = zip(*points, strict=True)
+        print(f"{folder}: {minutes[-1]:.2f} minutes of training ({clock}), best AP {max(values):.4f}")
+        name, style = (name, "o-") if clock == "processor" else (f"{name} ({clock})", "o--")
         label = None if name in colours else name
         colour = colours.setdefault(name, f"C{len(colours)}")
-        axes.plot(minutes, [100 * value for value in values], "o-", color=colour, markersize=3.5, label=label)
-    axes.set_xlabel("minutes of training on one core, without evaluation")
+        axes.plot(minutes, [100 * value for value in values], style, color=colour, markersize=3.5, label=label)
+    axes.set_xlabel("minutes of training, processor time without evaluation")
     axes.set_ylabel("AP on the validation split (%)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

@@ -211,10 +211,10 @@ def test_evaluations_of_drmm_train_are_taken_off_its_clock(tmp_path, capsys):
     for folder, content in ((ours, lines), (theirs, [{"step": 3, "minutes": 1.5, "AP": 0.1}])):
         folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
-    assert peers.curve(ours) == [(2.0, 0.2), (4.0, 0.4)]
-    assert peers.curve(theirs) == [(1.5, 0.1)]
+    assert peers.curve(ours) == ([(2.0, 0.2), (4.0, 0.4)], "wall clock")
+    assert peers.curve(theirs) == ([(1.5, 0.1)], "processor")
     peers.main(["draw", str(ours), str(theirs), "--output", str(tmp_path / "time.png")])
     assert (tmp_path / "time.png").stat().st_size > 1000
-    assert f"{ours}: 4.00 minutes of training, best AP 0.4000" in capsys.readouterr().out
+    assert f"{ours}: 4.00 minutes of training (wall clock), best AP 0.4000" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no log.jsonl with evaluations"):
         peers.curve(tmp_path)
