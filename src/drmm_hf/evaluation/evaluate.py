@@ -328,14 +328,13 @@ def check_images(annotations: Mapping[str, Any], pictures: datasets.Dataset | Se
         ValueError: If one side has pictures that the other lacks, or if the annotations have none. Of a dataset, the
             message says what its loader has left out, and why.
     """
-    is_dataset = isinstance(pictures, datasets.Dataset)
-    image_ids = {*(pictures["image_id"] if is_dataset else pictures)}
+    image_ids = {*(pictures["image_id"] if isinstance(pictures, datasets.Dataset) else pictures)}
     annotated = {record["id"]: record.get("file_name", record["id"]) for record in annotations["images"]}
     if not annotated:
         raise ValueError("the annotations have no images; there is nothing to measure.")
     missing = [name for image_id, name in annotated.items() if image_id not in image_ids]
     if missing:
-        reasons = causes(left_out(pictures)) if is_dataset else []
+        reasons = causes(left_out(pictures)) if isinstance(pictures, datasets.Dataset) else []
         raise ValueError(
             f"{len(missing)} of {len(annotated)} annotated pictures are not in the dataset ({first_few(missing)}); "
             "each counts in AP, so all must be there. To measure on fewer, give annotations of those alone."

@@ -225,9 +225,11 @@ def _pictures(dataset: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str | None
 
 def _stamp(path: str | None) -> list[int] | None:
     """Return size and time of the last change of a file; None for what is none here, such as a file on the Hub."""
+    if path is None:
+        return None
     try:
         status = os.stat(path)
-    except (OSError, TypeError, ValueError):
+    except (OSError, ValueError):
         return None
     return [status.st_size, status.st_mtime_ns]
 

@@ -74,11 +74,11 @@ def load_split(
     is_local = paths is not None or Path(source).exists()
     dataset = load_detection_dataset(source, split, **places, invalid="skip", streaming=streaming and not is_local)
     _refuse_corners(left_out(dataset))
-    annotations = ground_truth(dataset) if paths is None else load_annotations(paths[0])
+    content = ground_truth(dataset) if paths is None else load_annotations(paths[0])
     if streaming and is_local:
-        check_images(annotations, dataset)  # while its rows can be counted
+        check_images(content, dataset)  # while its rows can be counted
         dataset = canonical_stream(dataset)
-    return dataset, annotations
+    return dataset, content
 
 
 def _refuse_corners(found: Mapping[str, Mapping[str, Any]]) -> None:
