@@ -105,6 +105,8 @@ def test_any_batch_and_size_gives_the_model_s_detections(exported, sizes):
     differences = largest_differences(expected, found, inputs[2], model.config.num_labels)
     assert differences["missing"] == 0
     assert differences["box_share"] <= 1e-4 and differences["score"] <= 1e-5
+    with pytest.raises(ValueError, match="target_sizes is None; this graph needs"):
+        ExportedDetector(folder)(*inputs[:2])
 
 
 def test_what_is_compared_has_moved(exported):

@@ -109,7 +109,7 @@ def _backbone_config(shapes: _Shapes) -> PreTrainedConfig:
         table = "0.attention.relative_position_bias.relative_position_bias_table"
         window = (math.isqrt(shapes[layers[0] + table][0]) + 1) // 2
         width, _, patch_size, _ = shapes[f"{prefix}swin.embeddings.patch_embeddings.projection.weight"]
-        return SwinConfig(
+        swin = SwinConfig(
             embed_dim=width,
             patch_size=patch_size,
             window_size=window,
@@ -117,29 +117,32 @@ def _backbone_config(shapes: _Shapes) -> PreTrainedConfig:
             num_heads=[shapes[layer + table][1] for layer in layers],
             mlp_ratio=shapes[layers[0] + "0.mlp.fc1.weight"][0] / width,
             qkv_bias=layers[0] + "0.attention.q_proj.bias" in shapes,
-            out_features=_STAGES,
         )
+        swin.out_features = _STAGES
+        return swin
     stages = [f"{prefix}encoder.stages.{stage}.layers." for stage in range(4)]
     last = 2 if f"{stages[0]}0.layer.2.convolution.weight" in shapes else 1
-    return ResNetConfig(
+    resnet = ResNetConfig(
         embedding_size=shapes[f"{prefix}embedder.embedder.convolution.weight"][0],
         hidden_sizes=[shapes[f"{stage}0.layer.{last}.convolution.weight"][0] for stage in stages],
         depths=[shapes.count(re.escape(stage) + r"\d+\.layer\.0\.convolution\.weight") for stage in stages],
         layer_type="bottleneck" if last == 2 else "basic",
-        out_features=_STAGES,
     )
+    resnet.out_features = _STAGES
+    return resnet
 
 
-def backbone_name(config: PreTrainedConfig) -> str:
+def backbone_name(config: dict | PreTrainedConfig | None) -> str:
     """Name a backbone as papers do.
 
     Args:
-        config (`PreTrainedConfig`): of any backbone.
+        config (`PreTrainedConfig`): of any backbone, as a detector's config has it, whatever that was given.
 
     Returns:
         `str`: such as "ResNet-50" or "Swin-T"; of other ResNets and Swins the kind with its depths and its width, of
         others what they are called in timm or transformers.
     """
+    assert isinstance(config, PreTrainedConfig)
     if config.model_type not in ("resnet", "swin"):
         return getattr(config, "backbone", None) or config.model_type
     depths = tuple(config.depths)

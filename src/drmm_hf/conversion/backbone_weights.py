@@ -3,13 +3,15 @@
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..modeling.image_processing_drmm import DrmmImageProcessor
+from ..modeling.modeling_drmm import DrmmForObjectDetection, DrmmModel
 from .model_source import find_source
 from .public_checkpoint import read_checkpoint
 from .public_names import RESNET_NAMES, convert_state_dict
@@ -50,7 +52,9 @@ class BackboneReport(NamedTuple):
         )
 
 
-def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) -> BackboneReport:
+def load_backbone_weights(
+    model: DrmmModel | DrmmForObjectDetection, source: str | Path, processor: DrmmImageProcessor | None = None
+) -> BackboneReport:
     """Load pretrained weights into the backbone of a detector.
 
     `TimmBackbone.from_pretrained` keeps convolutions but resets batch-norm statistics, and configurations can no
@@ -71,7 +75,7 @@ def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) 
         ValueError: if the source cannot be read, nothing fits, a tensor of the backbone stays without weights, a shape
             differs, or the statistics of all batch norms are 0 and 1, which no trained network has.
     """
-    backbone = getattr(model, "model", model).backbone.network
+    backbone = (model.model if isinstance(model, DrmmForObjectDetection) else model).backbone.network
     network = getattr(backbone, "_backbone", backbone)
     weights, mean, std = _read(source, backbone)
     own = network.state_dict()
@@ -87,7 +91,7 @@ def load_backbone_weights(model: nn.Module, source: str | Path, processor=None) 
     left_over = sorted(name for name, value in weights.items() if id(value) not in used)
     new = sorted(name for name in own if name.startswith(NEW_NORMS) and name not in matched)
     report = BackboneReport(str(source), sorted(matched), new, left_over, mean, std)
-    if processor is not None and mean is not None:
+    if processor is not None and mean is not None and std is not None:
         processor.image_mean, processor.image_std = list(mean), list(std)
     logger.info(str(report))
     return report
@@ -105,7 +109,8 @@ def _read(source: str | Path, backbone: nn.Module) -> tuple[dict[str, Tensor], l
             import timm
 
             network = timm.create_model(f"hf-hub:{source}" if source.startswith("timm/") else source, pretrained=True)
-            return network.state_dict(), list(network.pretrained_cfg["mean"]), list(network.pretrained_cfg["std"])
+            settings: Any = network.pretrained_cfg  # timm's dict; a module's attributes are typed as tensors
+            return network.state_dict(), list(settings["mean"]), list(settings["std"])
         from transformers import AutoImageProcessor, AutoModel
 
         processor = AutoImageProcessor.from_pretrained(source)

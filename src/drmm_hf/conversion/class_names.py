@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..modeling.configuration_drmm import DrmmConfig
+
 
 def coco_categories() -> dict[int, str]:
     """Return COCO's 80 classes by category id, 1 to 90 with gaps, in the order of labels."""
@@ -11,6 +13,12 @@ def coco_categories() -> dict[int, str]:
 
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return {index: name for index, name in enumerate(names) if name not in ("__background__", "N/A")}
+
+
+def class_names(config: DrmmConfig) -> list[str]:
+    """Return the names of the classes that a detector knows, in the order of labels."""
+    assert config.id2label is not None  # a config has some, whatever it was given
+    return [str(name) for name in config.id2label.values()]
 
 
 def class_fields(labels: str | Path | list[str] | None, num_labels: int) -> dict[str, Any]:

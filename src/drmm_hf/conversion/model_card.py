@@ -2,7 +2,7 @@
 
 from ..modeling.configuration_drmm import DrmmConfig
 from .architecture import backbone_name
-from .class_names import coco_categories
+from .class_names import class_names, coco_categories
 
 
 METHODS = {
@@ -80,7 +80,7 @@ def stated_result(config: DrmmConfig) -> tuple[float, ...] | None:
         `tuple[float, ...]` or `None`: AP, AP50, AP75, APs, APm, APl in per cent; None if the paper states nothing.
     """
     same_sizes = (config.num_queries, config.num_stages, config.hidden_size, config.top_k_ratio) == (300, 6, 256, None)
-    if not same_sizes or list(config.id2label.values()) != list(coco_categories().values()):
+    if not same_sizes or class_names(config) != list(coco_categories().values()):
         return None
     method = METHODS[config.decoder_type, config.head_type]
     return TABLE_5.get((method, backbone_name(config.backbone_config)))

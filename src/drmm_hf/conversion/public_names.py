@@ -1,13 +1,29 @@
 """Names of public checkpoints, mapped to this package's names.
 
 A table maps patterns of whole public names to ours, in which `{1-2}` is the number of group 1 less 2. Where one tensor
-of theirs is several of ours, or has its columns in another order, our names follow a function.
+of theirs is several of ours, or has its columns in another order, our names stand in `Parts`, beside a function.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
+
+
+class Parts(NamedTuple):
+    """What becomes of a tensor that is several of ours, or has its columns in another order.
+
+    Attributes:
+        split (`Callable`): from the tensor to ours.
+        names (`tuple[str, ...]`): what they are called.
+    """
+
+    split: Callable[[Tensor], tuple[Tensor, ...]]
+    names: tuple[str, ...]
+
+
+Names: TypeAlias = Mapping[str, str | Parts]
 
 
 def _first_row_apart(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -27,12 +43,12 @@ def _channels_last(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3),)
 
 
-def _under(theirs: str, ours: str, names: Mapping[str, object]) -> dict[str, object]:
+def _under(theirs: str, ours: str, names: Names) -> dict[str, str | Parts]:
     """Put a prefix before the names of a table."""
     return {
         theirs + pattern: ours + target
         if isinstance(target, str)
-        else (target[0], *(ours + name for name in target[1:]))
+        else Parts(target.split, tuple(ours + name for name in target.names))
         for pattern, target in names.items()
     }
 
@@ -67,7 +83,7 @@ SWIN_NAMES = {
         _OUR_BLOCK,
         {
             r"norm1\.(.+)": r"layernorm_before.\3",
-            r"attn\.w_msa\.qkv\.(.+)": (_thirds, *(rf"attention.{part}_proj.\3" for part in "qkv")),
+            r"attn\.w_msa\.qkv\.(.+)": Parts(_thirds, tuple(rf"attention.{part}_proj.\3" for part in "qkv")),
             r"attn\.w_msa\.proj\.(.+)": r"attention.o_proj.\3",
             r"attn\.w_msa\.(relative_position_.+)": r"attention.relative_position_bias.\3",
             r"norm2\.(.+)": r"layernorm_after.\3",
@@ -75,7 +91,7 @@ SWIN_NAMES = {
             r"ffn\.layers\.1\.(.+)": r"mlp.fc2.\3",
         },
     ),
-    r"stages\.(\d)\.downsample\.(.+)": (_channels_last, r"swin.encoder.layers.\1.downsample.\2"),
+    r"stages\.(\d)\.downsample\.(.+)": Parts(_channels_last, (r"swin.encoder.layers.\1.downsample.\2",)),
     r"norm0\.(.+)": r"hidden_states_norms.stage1.\1",
     r"norm1\.(.+)": r"hidden_states_norms.stage2.\1",
     r"norm2\.(.+)": r"hidden_states_norms.stage3.\1",
@@ -120,7 +136,7 @@ _AROUND_THE_HEADS = {
         ),
     },
 }
-_EVERY_STAGE = {
+_EVERY_STAGE: dict[str, str | Parts] = {
     r"attention\.attn\.in_proj_(.+)": r"stage.attention.in_proj.\2",
     r"attention\.attn\.out_proj\.(.+)": r"stage.attention.out_proj.\2",
     r"attention_norm\.(.+)": r"stage.attention_norm.\2",
@@ -131,10 +147,10 @@ _EVERY_STAGE = {
     r"reg_fcs\.(\d+)\.(.+)": r"head.box_branch.\2.\3",
 }
 # The last layers, by `head_type`.
-_LAST_LAYERS = {
+_LAST_LAYERS: dict[str, dict[str, str | Parts]] = {
     "mixture": {
-        r"fc_cls\.(.+)": (_first_row_apart, r"head.objectness.\2", r"head.classifier.\2"),
-        r"fc_reg\.(.+)": (_halves, r"head.box_delta.\2", r"head.box_scale.\2"),
+        r"fc_cls\.(.+)": Parts(_first_row_apart, (r"head.objectness.\2", r"head.classifier.\2")),
+        r"fc_reg\.(.+)": Parts(_halves, (r"head.box_delta.\2", r"head.box_scale.\2")),
     },
     "box": {
         r"fc_cls\.(.+)": r"head.classifier.\2",
@@ -186,7 +202,7 @@ DETECTRON2_NAMES = {
 }
 
 
-def detector_names(state_dict: Mapping[str, Tensor]) -> Mapping[str, object]:
+def detector_names(state_dict: Mapping[str, Tensor]) -> Names:
     """Choose the table of names that a detector's state dict needs.
 
     Args:
@@ -210,12 +226,12 @@ def detector_names(state_dict: Mapping[str, Tensor]) -> Mapping[str, object]:
     )
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor], names: Mapping[str, object]) -> dict[str, Tensor]:
+def convert_state_dict(state_dict: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """Rename, split and reorder every tensor of a state dict.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): tensors by public name.
-        names (`Mapping[str, str | tuple]`): a table of this module, such as `detector_names(state_dict)`.
+        names (`Mapping[str, str | Parts]`): a table of this module, such as `detector_names(state_dict)`.
 
     Returns:
         `dict[str, torch.Tensor]`: tensors by our name; views of the given ones where the order is kept.
@@ -225,13 +241,13 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], names: Mapping[str, obj
     """
     converted, unknown = {}, []
     for name, tensor in state_dict.items():
-        match, target = _find(name, names)
-        if match is None:
+        found = _find(name, names)
+        if found is None:
             unknown.append(name)
             continue
-        parts = [(target, tensor)] if isinstance(target, str) else zip(target[1:], target[0](tensor), strict=True)
-        for template, part in parts:
-            ours = _expand(template, match)
+        match, target = found
+        tensors = (tensor,) if isinstance(target, str) else target.split(tensor)
+        for ours, part in zip(_expand(match, target), tensors, strict=True):
             if ours in converted:
                 raise ValueError(f"{name!r} becomes {ours!r}, which another tensor became before.")
             converted[ours] = part
@@ -240,19 +256,18 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], names: Mapping[str, obj
     return converted
 
 
-def our_names(name: str, names: Mapping[str, object]) -> list[str]:
+def our_names(name: str, names: Names) -> list[str]:
     """Return what a public name becomes.
 
     Args:
         name (`str`): a whole public name.
-        names (`Mapping[str, str | tuple]`): a table of this module.
+        names (`Mapping[str, str | Parts]`): a table of this module.
 
     Returns:
         `list[str]`: our names, empty if the name fits no pattern.
     """
-    match, target = _find(name, names)
-    templates = [target] if isinstance(target, str) else (target or ())[1:]
-    return [_expand(template, match) for template in templates]
+    found = _find(name, names)
+    return [] if found is None else _expand(*found)
 
 
 def list_some(names: Iterable[str], limit: int = 5) -> str:
@@ -261,12 +276,17 @@ def list_some(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _find(name: str, names: Mapping[str, object]) -> tuple[re.Match | None, object]:
+def _find(name: str, names: Names) -> tuple[re.Match[str], str | Parts] | None:
+    """Return the match of the first pattern that fits, and what stands beside it."""
     matches = ((re.fullmatch(pattern, name), target) for pattern, target in names.items())
-    return next(((match, target) for match, target in matches if match), (None, None))
+    return next(((match, target) for match, target in matches if match), None)
 
 
-def _expand(template: str, match: re.Match) -> str:
-    """Fill in a template's groups; one in braces is a number less another."""
-    template = re.sub(r"\{(\d)-(\d)\}", lambda part: str(int(match[int(part[1])]) - int(part[2])), template)
-    return match.expand(template)
+def _expand(match: re.Match[str], target: str | Parts) -> list[str]:
+    """Fill in the groups of our names; one in braces is a number less another."""
+
+    def difference(part: re.Match[str]) -> str:
+        return str(int(match[int(part[1])]) - int(part[2]))
+
+    names = (target,) if isinstance(target, str) else target.names
+    return [match.expand(re.sub(r"\{(\d)-(\d)\}", difference, name)) for name in names]

@@ -73,7 +73,7 @@ def load_annotations(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any
     kept = [record for record in records if record["image_id"] in images and record["category_id"] in known]
     if len(kept) == len(records):
         return content
-    if content is not source:
+    if not isinstance(source, Mapping):
         lost = f"{len(records) - len(kept)} of {len(records)} annotations"
         logger.warning("%s: %s are of pictures or categories that it does not list, and left out", source, lost)
     return {**content, "annotations": kept}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import drmm_onnx
 
@@ -93,7 +94,7 @@ def export_detector(
     """
     check_export(form, dtype, int8)
     with new_folder(output) as folder:
-        about = {"format": form, "dtype": dtype, "int8": int8, "post_process": post_process}
+        about: dict[str, Any] = {"format": form, "dtype": dtype, "int8": int8, "post_process": post_process}
         graph = DetectionGraph(_in_dtype(model, getattr(torch, dtype)), processor if post_process else None)
         say("tracing the model")
         program = trace(graph, "sdpa" if form == "torch" else "eager")
@@ -125,7 +126,8 @@ def _in_dtype(model: DrmmForObjectDetection, dtype: torch.dtype) -> DrmmForObjec
     """Return the model, or a copy in another type; its query boxes keep theirs, as `from_pretrained` does it."""
     if dtype == model.dtype:
         return model
-    cast = copy.deepcopy(model).to(dtype)
+    cast = copy.deepcopy(model)
+    nn.Module.to(cast, dtype)
     cast.model.queries.boxes.data = model.model.queries.boxes.data.clone()
     return cast
 

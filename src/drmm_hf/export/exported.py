@@ -46,8 +46,15 @@ class ExportedDetector:
 
         Returns:
             `dict[str, torch.Tensor]`: By name of the output.
+
+        Raises:
+            ValueError: If the graph needs `target_sizes`.
         """
-        inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "target_sizes": target_sizes}
+        inputs = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+        if target_sizes is not None:
+            inputs["target_sizes"] = target_sizes
+        elif "target_sizes" in self.about["inputs"]:
+            raise ValueError("target_sizes is None; this graph needs the (height, width) of each picture.")
         return self._run({name: inputs[name] for name in self.about["inputs"]})
 
 

@@ -86,7 +86,7 @@ def trace(graph: DetectionGraph, attention: str = "sdpa") -> ExportedProgram:
         with torch.no_grad(), patch("timm.layers.conv2d_same.pad_same", _pad_divisible):
             return torch.export.export(graph, (), kwargs=inputs, dynamic_shapes=shapes)
     except torch._dynamo.exc.UserError as error:
-        backbone = config.backbone_config.model_type
+        backbone = graph.model.model.backbone.model_type
         raise ValueError(
             f"the detector on the backbone {backbone!r} cannot be traced with open sizes: {error}"
         ) from error

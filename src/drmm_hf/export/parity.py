@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from ..conversion.class_names import class_names
 from ..data.generated import generate_shapes
 from ..data.loading import load_image
 from ..evaluation.detections import Detections
@@ -47,7 +48,7 @@ def compare_with_eager(
             expected = top_detections(eager, processor, inputs, sizes)
         found = top_detections(exported, processor, inputs, sizes)
         batch, _, height, width = inputs["pixel_values"].shape
-        differences = largest_differences(expected, found, sizes, model.config.num_labels)
+        differences = largest_differences(expected, found, sizes, len(class_names(model.config)))
         rows.append({"height": height, "width": width, "batch_size": batch} | differences)
     return rows
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import is_matplotlib_available
 
 from ..conversion.architecture import backbone_name
+from ..conversion.class_names import class_names
 from ..conversion.model_card import METHODS, expected_result
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.image_processing_drmm import DrmmImageProcessor
@@ -182,7 +183,7 @@ def check_card(text: str, expected: Sequence[EvalResult] | None = None) -> list[
 
 def _introduction(subject: Subject) -> str:
     config, processor = subject.config, subject.processor
-    names = list(config.id2label.values())
+    names = class_names(config)
     method = METHODS[config.decoder_type, config.head_type]
     meant = ""
     if config.criterion in ("nll_mcm", "nll", "max_nll"):
@@ -397,7 +398,7 @@ def _training(subject: Subject) -> list[str]:
 
 
 def _intended_use(subject: Subject) -> str:
-    names = _listed(list(subject.config.id2label.values()), 20)
+    names = _listed(class_names(subject.config), 20)
     text = (
         f"To find {names} in pictures like those that it was trained on"
         f"{_like(subject)}, and as a start for training on others (`drmm train --init-from {subject.repo_id}`)."
@@ -412,9 +413,10 @@ def _like(subject: Subject) -> str:
 
 def _limits(subject: Subject) -> list[str]:
     config, processor = subject.config, subject.processor
+    most = min(100, config.num_queries * len(class_names(config)))
     limits = [
-        "It knows its classes and no others, and returns at most "
-        f"{min(100, config.num_queries * config.num_labels)} detections a picture unless `top_k` says otherwise.",
+        f"It knows its classes and no others, and returns at most {most} detections a picture unless `top_k` says "
+        "otherwise.",
         f"Pictures are resized ({_input_size(processor)}); what is a few pixels large after that is hard to find.",
     ]
     for one in subject.evaluations[:1]:
@@ -442,7 +444,8 @@ def _limits(subject: Subject) -> list[str]:
 
 def _fitted_on(subject: Subject) -> str:
     """Say which pictures the calibration was fitted on, as far as files tell."""
-    fitted_on = (subject.processor.calibration or {}).get("fitted_on") or {}
+    calibration: dict[str, Any] = subject.processor.calibration or {}
+    fitted_on = calibration.get("fitted_on") or {}
     splits = [_title(one) for one in subject.evaluations if one.is_fitted]
     count = f"{fitted_on['num_images']} pictures" if "num_images" in fitted_on else "pictures that no file names"
     known = all(one.about.get("ground_truth") for one in subject.evaluations)

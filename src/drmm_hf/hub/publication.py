@@ -18,6 +18,7 @@ from ..conversion.model_card import model_card
 from ..evaluation.files import read_json, write_json, write_text
 from ..evaluation.origin import weight_files
 from ..evaluation.predict import load_detector
+from ..modeling.modeling_drmm import DrmmForObjectDetection
 from ..modeling.remote_code import requirements
 from ..training.arguments import dump_yaml
 from ..training.checkpoint import finish_folder, start_folder
@@ -91,9 +92,10 @@ def prepare(
         raise ValueError(f"output {str(output)!r} holds the model; name another folder.")
     _check_replaceable(output)
     detector, processor = load_detector(str(model), "cpu")
+    if not isinstance(detector, DrmmForObjectDetection):
+        kind = detector.config.model_type
+        raise ValueError(f"model {str(model)!r} is a {kind!r}; only D-RMM detectors are published.")
     config = detector.config
-    if config.model_type != "drmm":
-        raise ValueError(f"model {str(model)!r} is a {config.model_type!r}; only D-RMM detectors are published.")
     evaluations, left_out = find_evaluations(model, config, processor.calibration, results)
     conversion = read_json(model / "conversion.json") if (model / "conversion.json").is_file() else None
     subject = Subject(

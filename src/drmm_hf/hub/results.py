@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..conversion.class_names import class_names
 from ..evaluation.files import read_json
 from ..evaluation.origin import other_input, weight_files, weights_digest
 from ..evaluation.paper_tables import data_name
@@ -135,9 +136,9 @@ def find_evaluations(
             left_out[place] = reason
             continue
         key = evaluation.data, evaluation.split
-        other = found.get(key)
-        if other is not None:
-            old, new = sorted((other, evaluation), key=lambda one: (not one.chose, _written(one)))
+        twin = found.get(key)
+        if twin is not None:
+            old, new = sorted((twin, evaluation), key=lambda one: (not one.chose, _written(one)))
             left_out[old.folder] = f"{new.folder} has newer figures of the same split"
             evaluation = new
         found[key] = evaluation
@@ -267,7 +268,7 @@ def _reason_against(evaluation: Evaluation, folder: Path, config: DrmmConfig) ->
         unusual.append(str(metrics["deduplication"]["method"]).upper())
     if unusual:
         return f"it was measured with {', '.join(unusual)}, which a user of the model would not have"
-    if not {*metrics["AP_per_class"]} & {*config.id2label.values()}:
+    if not {*metrics["AP_per_class"]} & {*class_names(config)}:
         return f"its classes ({', '.join(list(metrics['AP_per_class'])[:3])}, ...) are not the model's"
     return None
 
