@@ -8,6 +8,7 @@ python scripts/study.py report docs/study/bccd.json docs/results.md
 """
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ def collect(folder: Path) -> dict[str, dict[str, Figures]]:
     Returns:
         `dict[str, dict[str, dict]]`: By name of the method and seed: `AP`, `AP50`, `AP75`, `AR`, `ECE`, `ECE_0.1`;
         `NMS` and `WTA`, the AP after these at NMS's best IoU; `shares` and `nll` of each stage; `steps` and `minutes`.
+        Without those that have not been measured.
     """
     runs: dict[str, dict[str, Figures]] = {}
     for path in sorted(folder.rglob("summary.json")):
@@ -42,8 +44,8 @@ def collect(folder: Path) -> dict[str, dict[str, Figures]]:
         for method in ("nms", "wta") if swept else ():
             best = swept["best_iou_threshold"]
             figures[method.upper()] = next(one["AP"] for one in swept[method] if one["iou_threshold"] == best)
-        stages = read_report(run / "likelihood.json").get("all", {})
-        figures |= {"nll": stages.get("nll"), "shares": stages.get("share")}
+        if stages := read_report(run / "likelihood.json").get("all"):
+            figures |= {"nll": stages["nll"], "shares": stages["share"]}
         figures |= {"steps": summary["steps"], "minutes": summary["training_seconds"] / 60}
         runs.setdefault(run.parent.name, {})[run.name] = figures
     return runs
@@ -149,11 +151,15 @@ def differences(claim: Claim, runs: Mapping[str, Mapping[str, Figures]]) -> list
         runs (`Mapping`): From `collect`.
 
     Returns:
-        `list[float]`: Of the seeds that all its methods have.
+        `list[float]`: Of the seeds that all its methods have, with the figures that it is about.
     """
     methods = [runs.get(name, {}) for name in claim.needs]
     seeds = sorted(set.intersection(*(set(method) for method in methods)))
-    return [claim.difference(*(method[seed] for method in methods)) for seed in seeds]
+    values = []
+    for seed in seeds:
+        with contextlib.suppress(KeyError):  # a figure that has not been measured
+            values.append(claim.difference(*(method[seed] for method in methods)))
+    return values
 
 
 def verdict(values: list[float]) -> str:
@@ -191,8 +197,8 @@ def report(runs: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     lines += ["", f"| run | seeds | {' | '.join(names)} | shares of the stages | steps | minutes |"]
     lines.append("|---|---:" + "|---:" * len(names) + "|---|---:|---:|")
     for name, seeds in runs.items():
-        figures = [[100 * one[key] for one in seeds.values() if one.get(key) is not None] for key in names]
-        stages = [one["shares"] for one in seeds.values() if one["shares"]]
+        figures = [[100 * one[key] for one in seeds.values() if key in one] for key in names]
+        stages = [one["shares"] for one in seeds.values() if "shares" in one]
         shares = " ".join(f"{mean(values):.3f}" for values in zip(*stages, strict=True))
         steps, minutes = (mean(one[key] for one in seeds.values()) for key in ("steps", "minutes"))
         cells = " | ".join(map(_spread, figures))
