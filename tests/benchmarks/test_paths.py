@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from conftest import random_pictures, tiny_config
+from conftest import random_labels, random_pictures, tiny_config
 from drmm_hf import DrmmForObjectDetection
 from drmm_hf.benchmarks import pooling
-from drmm_hf.benchmarks.paths import OF_DECODER, PATHS, benchmark_paths, paths_of, without
+from drmm_hf.benchmarks.paths import OF_DECODER, PATHS, benchmark_paths, paths_of, training_paths_of, without
 from drmm_hf.benchmarks.tables import paths_table
-from drmm_hf.modeling import adamixer_stage, roi_pooling, sparse_rcnn_stage
+from drmm_hf.modeling import adamixer_stage, component_sums, roi_pooling, sparse_rcnn_stage
 from drmm_hf.modeling.backbone import FoldingConvLayer
 
 
@@ -85,6 +85,46 @@ def test_what_is_left_out_is_not_used(model, monkeypatch):
     assert observed(("channels last",)) == ({"norms in convolutions", own}, 1, True)
     assert observed(("one table for all stages",)) == ({"norms in convolutions", own}, 2, False)
     assert observed((own,)) == ({"norms in convolutions"}, 0, False)
+
+
+def test_every_path_of_a_training_step_gives_the_same_gradients(model, monkeypatch):
+    model.train()
+    pictures, labels = random_pictures(2, 128, 160), random_labels(3, 1)
+    summed = []
+    forward = component_sums._ComponentSums.forward
+    monkeypatch.setattr(component_sums._ComponentSums, "forward", lambda *args: summed.append(1) or forward(*args))
+
+    def gradients(paths):
+        summed.clear()
+        model.zero_grad()
+        with without(model, paths):
+            model(pictures, labels=labels).loss.backward()
+        return torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+
+    expected = gradients(())
+    assert summed
+    contestants = training_paths_of(model, "no")
+    assert set(contestants) == {
+        *("one table for all stages", "loss without a matrix", OF_DECODER[model.config.decoder_type], "all of these")
+    }
+    for name, paths in contestants.items():
+        found = gradients(paths)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        assert bool(summed) == ("loss without a matrix" not in paths)
+
+
+def test_depthwise_convolutions_are_left_to_autocast():
+    backbone = {"model_type": "timm_backbone", "backbone": "tf_efficientnet_lite0", "out_indices": [1, 2, 3, 4]}
+    model = DrmmForObjectDetection(tiny_config(backbone_config=backbone)).train()
+    assert "depthwise in float32" not in training_paths_of(model, "no")
+    path = training_paths_of(model, "bf16")["depthwise in float32"]
+    convolution = next(one for one in model.model.backbone.modules() if getattr(one, "groups", 1) > 1)
+    pictures = torch.rand(1, convolution.in_channels, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolution(pictures).dtype == torch.float32
+        with without(model, path):
+            assert convolution(pictures).dtype == torch.bfloat16
+        assert convolution(pictures).dtype == torch.float32
 
 
 def test_figures_and_their_table():

@@ -11,6 +11,7 @@ from conftest import random_labels, random_pictures, tiny_config
 from drmm_hf import DrmmForObjectDetection
 from drmm_hf.benchmarks import training
 from drmm_hf.benchmarks.peers import PEERS, build_peer
+from drmm_hf.benchmarks.tables import training_table
 from drmm_hf.benchmarks.training import PARTS, Trainee, benchmark_training, drawn_pictures
 from drmm_hf.training.arguments import TrainingArguments, load_recipe
 from drmm_hf.training.ema import averaged_model
@@ -90,6 +91,16 @@ def test_figures(tiny_peer):
     assert figures["models"]["drmm"]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
 
 
+def test_steps_without_fast_paths_stand_beside():
+    figures = benchmark_training(tiny_recipe(), repetitions=2, paths=True)
+    table = training_table(figures)
+    assert "all of these" in figures["without"] and "loss without a matrix" in figures["without"]
+    for name, step in figures["without"].items():
+        assert 0 < step["ratio"]["min"] <= step["ratio"]["max"] < math.inf
+        assert f"without {name} " in table
+    assert benchmark_training(tiny_recipe(), repetitions=1)["without"] == {}
+
+
 def test_the_roofline_is_that_of_its_own_turn(monkeypatch):
     """A machine that slows down slows both, and the share stays."""
     from drmm_hf.benchmarks.measuring import Seconds
@@ -124,12 +135,13 @@ def test_bfloat16_is_measured_against_its_own_roof(monkeypatch):
     ("arguments", "message"),
     [
         ({"repetitions": 0}, "repetitions is 0, must be at least 1"),
+        ({"recipe": {"compile": True}, "paths": True}, "paths and compile are both set"),
         ({"peers": ["yolo"]}, "peer is 'yolo', must be one of deformable_detr, detr"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        benchmark_training(tiny_recipe(), **arguments)
+        benchmark_training(tiny_recipe(**arguments.pop("recipe", {})), **arguments)
 
 
 @pytest.mark.parametrize("name", PEERS)

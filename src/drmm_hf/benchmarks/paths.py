@@ -9,10 +9,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modeling import adamixer_stage, decoder, sparse_rcnn_stage
+from ..modeling import adamixer_stage, criteria, decoder, sparse_rcnn_stage
 from ..modeling.backbone import FoldingConvLayer
 from ..modeling.configuration_drmm import DrmmConfig
 from ..modeling.modeling_drmm import DrmmForObjectDetection
@@ -81,6 +81,18 @@ def _plain(module: Any, name: str, function: Callable[..., Tensor], model: DrmmF
         yield
 
 
+def _depthwise_convolutions(model: DrmmForObjectDetection) -> list[nn.Module]:
+    return [module for module in model.model.backbone.modules() if isinstance(module.forward, partial)]
+
+
+@contextmanager
+def _as_autocast_says(model: DrmmForObjectDetection) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in _depthwise_convolutions(model):
+            stack.enter_context(patch.object(module, "forward", module.forward.args[1]))
+        yield
+
+
 # By what is taken away: how, for a model.
 PATHS: dict[str, Callable[[DrmmForObjectDetection], Any]] = {
     "norms in convolutions": lambda model: patch.object(FoldingConvLayer, "forward", _norm_as_layer),
@@ -88,6 +100,13 @@ PATHS: dict[str, Callable[[DrmmForObjectDetection], Any]] = {
     "one table for all stages": _no_table,
     "one sum a region": partial(_plain, sparse_rcnn_stage, "pool_regions", _pool_by_level),
     "one sum a point": partial(_plain, adamixer_stage, "sample_maps", sample_by_level),
+}
+OF_TRAINING: dict[str, Callable[[DrmmForObjectDetection], Any]] = {
+    "one table for all stages": PATHS["one table for all stages"],
+    "one sum a region": PATHS["one sum a region"],
+    "one sum a point": PATHS["one sum a point"],
+    "loss without a matrix": lambda model: patch.object(criteria, "sum_components", criteria.sum_matrix),
+    "depthwise in float32": _as_autocast_says,
 }
 OF_DECODER = {"sparse_rcnn": "one sum a region", "adamixer": "one sum a point"}
 
@@ -100,17 +119,34 @@ def paths_of(config: DrmmConfig) -> dict[str, tuple[str, ...]]:
     return {"nothing": (), **{name: (name,) for name in paths}, "all of these": tuple(paths)}
 
 
+def training_paths_of(model: DrmmForObjectDetection, mixed_precision: str) -> dict[str, tuple[str, ...]]:
+    """Return by its name what each training step lacks: one of the fast paths, all of them.
+
+    Args:
+        model (`DrmmForObjectDetection`): The model.
+        mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`, the type of autocast.
+    """
+    config = model.config
+    absent = {*OF_DECODER.values()} - {OF_DECODER[config.decoder_type]}
+    if config.head_type != "mixture" or config.coordinate_distribution != "cauchy":
+        absent.add("loss without a matrix")
+    if mixed_precision == "no" or not _depthwise_convolutions(model):
+        absent.add("depthwise in float32")
+    paths = [name for name in OF_TRAINING if name not in absent]
+    return {**{name: (name,) for name in paths}, "all of these": tuple(paths)}
+
+
 @contextmanager
 def without(model: DrmmForObjectDetection, paths: tuple[str, ...]) -> Iterator[None]:
     """Let a model compute plainly within.
 
     Args:
         model (`DrmmForObjectDetection`): The model, without groups of queries.
-        paths (`tuple[str, ...]`): Names in `PATHS`.
+        paths (`tuple[str, ...]`): Names in `PATHS` or `OF_TRAINING`.
     """
     with ExitStack() as stack:
         for name in paths:
-            stack.enter_context(PATHS[name](model))
+            stack.enter_context((PATHS | OF_TRAINING)[name](model))
         yield
 
 

@@ -100,6 +100,8 @@ def training_table(figures: Mapping[str, Any]) -> str:
             f"{model['flops'] / 1e12:>8.3f}{_spread(model['roofline_share'], 2):>22}"
             f"{_mebibytes(model['state_bytes']):>11}{_mebibytes(model['step_bytes']):>10}"
         )
+    for name, step in figures["without"].items():
+        lines.append(f"{'  without ' + name:<36}{_spread(step[clock], 2):>20}{_spread(step['ratio'], 2):>22}")
     height, width = figures["padded_size"]
     return "\n".join(
         [

@@ -28,6 +28,7 @@ from .measuring import (
     summary,
     take_turns,
 )
+from .paths import training_paths_of, without
 from .peers import PEERS, build_peer
 
 
@@ -144,7 +145,9 @@ class Trainee:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def benchmark_training(recipe: Recipe, *, repetitions: int = 5, peers: Sequence[str] = ()) -> dict[str, Any]:
+def benchmark_training(
+    recipe: Recipe, *, repetitions: int = 5, peers: Sequence[str] = (), paths: bool = False
+) -> dict[str, Any]:
     """Measure the training step of a recipe.
 
     First steps with the recipe's loader, one after another as in training, timed part by part. Then, on one batch, the
@@ -154,6 +157,8 @@ def benchmark_training(recipe: Recipe, *, repetitions: int = 5, peers: Sequence[
         recipe (`Recipe`): Model, data and training; `accumulation_steps` does not count.
         repetitions (`int`): Steps of either kind that count, after one that does not.
         peers (`Sequence[str]`): Names in `drmm_hf.benchmarks.peers.PEERS`.
+        paths (`bool`): Also take steps with the plain way in the place of each fast path, which a compiled model does
+            not have.
 
     Returns:
         `dict`: The settings and the environment; `pictures_per_second`, of wall clock with the loader; `parts`: by
@@ -161,7 +166,8 @@ def benchmark_training(recipe: Recipe, *, repetitions: int = 5, peers: Sequence[
         `processor_seconds`, and the `share` and `processor_share` of the step that they are; `matmul`: the machine's
         floating-point operations a second (on a CPU, of one core); `models`: for `drmm` and each peer `seconds`,
         `processor_seconds`, `flops`, `roofline_share`, `ratio` to `drmm` of the clock that counts, `num_parameters`,
-        `state_bytes`, and `step_bytes`, what a step needs on top at its peak (None where the system does not tell).
+        `state_bytes`, and `step_bytes`, what a step needs on top at its peak (None where the system does not tell);
+        `without`: by the path that is left out `seconds`, `processor_seconds` and `ratio`.
         Figures over steps are dicts of `median`, `min` and `max`.
 
     Raises:
@@ -172,6 +178,8 @@ def benchmark_training(recipe: Recipe, *, repetitions: int = 5, peers: Sequence[
         if name not in PEERS:
             raise ValueError(f"peer is {name!r}, must be one of {', '.join(PEERS)}")
     training = recipe.training
+    if paths and training.compile:
+        raise ValueError("paths and compile are both set: a compiled model has none of the paths")
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     device = accelerator.device
     dataset, _ = load_split(recipe.data, "train")
@@ -207,6 +215,8 @@ def benchmark_training(recipe: Recipe, *, repetitions: int = 5, peers: Sequence[
 
     contestants = {"matmul": partial(matmul_rate, DTYPES[training.mixed_precision], device)}
     contestants |= {name: partial(trainee.timed_step, batch) for name, trainee in trainees.items()}
+    left_out = training_paths_of(model, training.mixed_precision) if paths else {}
+    contestants |= {f"without {name}": partial(_step_without, drmm, batch, lost) for name, lost in left_out.items()}
     taken = take_turns(contestants, repetitions, title="side by side")
     rates = [rate.cost(device) for rate in taken.pop("matmul")]
     costs = {name: [seconds.cost(device) for seconds in values] for name, values in taken.items()}
@@ -216,6 +226,14 @@ def benchmark_training(recipe: Recipe, *, repetitions: int = 5, peers: Sequence[
         pairs = zip(costs[name], rates, strict=True)
         one["roofline_share"] = summary([one["flops"] / cost / rate for cost, rate in pairs])
         one["ratio"] = summary([cost / ours for cost, ours in zip(costs[name], costs["drmm"], strict=True)])
+    plain = {
+        name: {
+            "seconds": summary([seconds.wall for seconds in taken[f"without {name}"]]),
+            "processor_seconds": summary([seconds.processor for seconds in taken[f"without {name}"]]),
+            "ratio": summary([a / b for a, b in zip(costs[f"without {name}"], costs["drmm"], strict=True)]),
+        }
+        for name in left_out
+    }
     return {
         **environment(device, "torchvision", "transformers", "accelerate"),
         "dtype": training.mixed_precision,
@@ -229,7 +247,13 @@ def benchmark_training(recipe: Recipe, *, repetitions: int = 5, peers: Sequence[
         "parts": parts,
         "matmul": summary(rates),
         "models": figures,
+        "without": plain,
     }
+
+
+def _step_without(drmm: Trainee, batch: Mapping[str, Any], paths: tuple[str, ...]) -> Seconds:
+    with without(drmm.bare_model, paths):
+        return drmm.timed_step(batch)
 
 
 def _parts(drmm: Trainee, batches: Iterator[Mapping[str, Any]], repetitions: int) -> tuple[dict, dict[str, float]]:

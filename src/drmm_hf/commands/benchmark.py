@@ -137,6 +137,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--peers", default="", metavar="NAMES", help="models of transformers to train too, as deformable_detr,detr"
     )
+    training.add_argument(
+        "--paths", action="store_true", help="also steps with the plain way in the place of each fast path"
+    )
 
     loss = kinds.add_parser("loss", help="the criterion, beside transformers' Deformable DETR loss with its matching")
     loss.set_defaults(measure=_loss)
@@ -314,8 +317,7 @@ def _training(args: argparse.Namespace) -> dict[str, Any]:
         fields = drawn_pictures(*(args.size or (320, 544)), num_pictures=8 * (args.batch_size or 1)) | fields
     recipe = make_recipe(DEFAULT_RECIPE, fields) if args.recipe is None else load_recipe(args.recipe, fields)
     peers = [name for name in args.peers.split(",") if name]
-    figures = benchmark_training(recipe, repetitions=args.repetitions, peers=peers)
-    return figures
+    return benchmark_training(recipe, repetitions=args.repetitions, peers=peers, paths=args.paths)
 
 
 def _paths(args: argparse.Namespace) -> dict[str, Any]:

@@ -209,12 +209,9 @@ def sum_components(
         `ComponentSums`: in the unit of the factor F. Cauchy mixtures are summed by `component_sums`, others and
         compiled graphs, which need no help, from the whole matrix.
     """
-    mixture = stack_stages(stages)
     if config.coordinate_distribution != "cauchy" or torch.compiler.is_compiling():
-        factors = log_likelihood_factors(mixture, targets, config)
-        log_p = log_component_likelihood(factors)
-        log_q = log_component_likelihood(factors, stop_gradient)
-        return ComponentSums(log_p.logsumexp(dim=-1), log_q.logsumexp(dim=-1), log_q.max(dim=-1).values)
+        return sum_matrix(stages, targets, config, stop_gradient)
+    mixture = stack_stages(stages)
     return component_sums(
         targets.boxes,
         targets.class_labels,
@@ -226,6 +223,16 @@ def sum_components(
         class_exponent=config.class_exponent,
         stop_gradient=stop_gradient,
     )
+
+
+def sum_matrix(
+    stages: Sequence[MixtureParameters], targets: Targets, config, stop_gradient: Sequence[str] = ()
+) -> ComponentSums:
+    """Do what `sum_components` does, as the paper writes it: with the matrix of all ground truths and components."""
+    factors = log_likelihood_factors(stack_stages(stages), targets, config)
+    log_p = log_component_likelihood(factors)
+    log_q = log_component_likelihood(factors, stop_gradient)
+    return ComponentSums(log_p.logsumexp(dim=-1), log_q.logsumexp(dim=-1), log_q.max(dim=-1).values)
 
 
 def negative_log_likelihood(log_likelihood: Tensor, epsilon: float) -> Tensor:
