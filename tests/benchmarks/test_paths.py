@@ -113,6 +113,15 @@ def test_every_path_of_a_training_step_gives_the_same_gradients(model, monkeypat
         assert bool(summed) == ("loss without a matrix" not in paths)
 
 
+def test_every_path_of_a_training_step_runs_under_autocast(model):
+    model.train()
+    for paths in training_paths_of(model, "bf16").values():
+        with without(model, paths), torch.autocast("cpu", torch.bfloat16):
+            loss = model(random_pictures(2, 128, 160), labels=random_labels(3, 1)).loss
+        loss.backward()
+        assert loss.isfinite()
+
+
 def test_depthwise_convolutions_are_left_to_autocast():
     backbone = {"model_type": "timm_backbone", "backbone": "tf_efficientnet_lite0", "out_indices": [1, 2, 3, 4]}
     model = DrmmForObjectDetection(tiny_config(backbone_config=backbone)).train()

@@ -36,6 +36,7 @@ def _channels_first(model: DrmmForObjectDetection) -> Iterator[None]:
 
 
 def _pool_by_level(maps: list[Tensor], boxes: Tensor, *_: Any) -> Tensor:
+    maps = [one.to(boxes.dtype) for one in maps]  # torchvision takes one type, autocast makes two
     return pool_by_level(maps, boxes).unflatten(0, boxes.shape[:2])
 
 
