@@ -122,6 +122,23 @@ def test_every_path_of_a_training_step_runs_under_autocast(model):
         assert loss.isfinite()
 
 
+def test_training_in_half_precision_keeps_channels_last():
+    model = DrmmForObjectDetection(tiny_config()).train()
+    backbone, pictures = model.model.backbone, random_pictures(2, 128, 160)
+    path = training_paths_of(model, "bf16")["channels last"]
+
+    def in_layout(maps):
+        return [one.is_contiguous(memory_format=torch.channels_last) for one in maps]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = backbone(pictures)
+        with without(model, path):
+            plain = backbone(pictures)
+    assert all(in_layout(found)) and not any(in_layout(plain))
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
 def test_depthwise_convolutions_are_left_to_autocast():
     backbone = {"model_type": "timm_backbone", "backbone": "tf_efficientnet_lite0", "out_indices": [1, 2, 3, 4]}
     model = DrmmForObjectDetection(tiny_config(backbone_config=backbone)).train()

@@ -103,6 +103,7 @@ PATHS: dict[str, Callable[[DrmmForObjectDetection], Any]] = {
     "one sum a point": partial(_plain, adamixer_stage, "sample_maps", sample_by_level),
 }
 OF_TRAINING: dict[str, Callable[[DrmmForObjectDetection], Any]] = {
+    "channels last": PATHS["channels last"],
     "one table for all stages": PATHS["one table for all stages"],
     "one sum a region": PATHS["one sum a region"],
     "one sum a point": PATHS["one sum a point"],
@@ -131,6 +132,8 @@ def training_paths_of(model: DrmmForObjectDetection, mixed_precision: str) -> di
     absent = {*OF_DECODER.values()} - {OF_DECODER[config.decoder_type]}
     if config.head_type != "mixture" or config.coordinate_distribution != "cauchy":
         absent.add("loss without a matrix")
+    if mixed_precision == "no":
+        absent.add("channels last")
     if mixed_precision == "no" or not _depthwise_convolutions(model):
         absent.add("depthwise in float32")
     paths = [name for name in OF_TRAINING if name not in absent]

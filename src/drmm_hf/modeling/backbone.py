@@ -144,9 +144,10 @@ class DrmmBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Return the maps at strides 4, 8, 16, 32, each of shape `(B, C_l, H / stride, W / stride)`."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(pixel_values.device.type):
             # Convolutions keep this layout and run faster in it; pooling reads the maps as rows of channels. With
-            # gradients it gained nothing, and on CPUs the backward of a strided convolution of 8 channels crashes.
+            # gradients in float32 it gained nothing, and on CPUs the backward of a strided convolution of 8 channels
+            # crashed.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         maps = list(self.network(pixel_values).feature_maps)
         if not torch.compiler.is_compiling():
