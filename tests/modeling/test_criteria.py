@@ -432,6 +432,12 @@ class TestReduction:
         torch.testing.assert_close(loss, expected)
         assert not any(value.requires_grad for value in parts.values())
 
+    def test_the_maximum_term_may_be_of_the_last_stage_alone(self):
+        terms = {"nll": torch.rand(3, 2, 4), "mcm": torch.rand(3, 2, 4)}
+        loss, parts = reduce_terms(terms, targets_of(4, 4)[1], tiny_config(mcm_weight=0.3, mcm_stages="last"))
+        torch.testing.assert_close(loss, terms["nll"].sum() / 2 + 0.3 * terms["mcm"][2].sum() / 2)
+        assert len(parts) == 6  # all are told
+
     def test_a_term_of_another_name_counts_once_an_image(self):
         """A criterion of one's own may bring its own terms."""
         terms = {"nll": torch.rand(3, 2, 4), "smoothness": torch.rand(3, 2, 7, 5)}

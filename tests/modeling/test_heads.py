@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import tiny_config
+from drmm_hf import DrmmForObjectDetection
 from drmm_hf.modeling.boxes import move_cxcywh, move_xyzr
 from drmm_hf.modeling.heads import HEADS, MixtureHead
 
@@ -132,3 +133,14 @@ def test_mixture_on_adamixer_has_the_box_of_its_own_refinement(unit):
     scales = F.softplus(module.box_scale(boxes))
     torch.testing.assert_close(mixture.scales, scales if unit == "pixels" else 0.2 * sides * scales)
     assert (mixture.boxes[..., 2:] > mixture.boxes[..., :2]).all()
+
+
+@pytest.mark.parametrize(
+    ("decoder", "unit", "moves"),
+    [("sparse_rcnn", "pixels", True), ("sparse_rcnn", "box", False), ("adamixer", "pixels", False)],
+)
+def test_refinement_starts_at_the_input_box_but_in_pixels(decoder, unit, moves):
+    model = DrmmForObjectDetection(tiny_config(decoder_type=decoder, box_delta_unit=unit, hidden_size=32))
+    for head in model.modules():
+        if isinstance(head, MixtureHead):
+            assert bool(head.box_delta.weight.any()) == moves and not head.box_delta.bias.any()

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from conftest import tiny_config
+from drmm_hf import DrmmForObjectDetection
 from drmm_hf.modeling.queries import DrmmQueries, initial_query_boxes
 
 
@@ -74,3 +76,21 @@ def test_adamixer_fixes_its_boxes_and_normalises_its_features():
     assert not boxes.requires_grad and features.requires_grad
     torch.testing.assert_close(features.mean(-1), torch.zeros(1, 12), rtol=0, atol=1e-6)
     torch.testing.assert_close(features.var(-1, unbiased=False), torch.ones(1, 12), rtol=0, atol=1e-4)
+
+
+def test_shared_features_are_one_vector_a_group_at_the_start_alone(tmp_path):
+    config = tiny_config(shared_query_features=True, num_query_groups=2, head_type="box")
+    features = DrmmForObjectDetection(config).model.queries.features.unflatten(0, (2, -1))
+    assert torch.equal(features, features[:, :1].expand_as(features)) and not torch.equal(features[0], features[1])
+    assert features.std() > 0.5
+    model = DrmmForObjectDetection(config)
+    with torch.no_grad():
+        model.model.queries.features.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = DrmmForObjectDetection.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.queries.features, model.model.queries.features)
+
+
+def test_shared_features_need_boxes_that_differ():
+    with pytest.raises(StrictDataclassError, match="shared_query_features"):
+        tiny_config(shared_query_features=True, proposal_grid=None)

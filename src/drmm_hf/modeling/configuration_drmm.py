@@ -90,6 +90,10 @@ class DrmmConfig(PreTrainedConfig):
             AdaMixer's query boxes are fixed.
         proposal_size (`float`, *optional*, defaults to 0.5):
             Width and height of the initial grid boxes, as a fraction of the picture.
+        shared_query_features (`bool`, *optional*, defaults to `False`):
+            Start all queries from one feature vector, so that they differ by the place of their box alone and learn
+            from each other's objects from the first step on; they part as they are trained. `False` draws a vector
+            for each, as the public code does. Meant for little data; needs `proposal_grid`.
         roi_size (`int`, *optional*, defaults to 7):
             Bins along each side of a pooled region.
         roi_sampling_ratio (`int`, *optional*, defaults to 2):
@@ -102,8 +106,8 @@ class DrmmConfig(PreTrainedConfig):
             Linear layers of the branch before box and scale: 3 with "sparse_rcnn", 1 with "adamixer".
         box_delta_unit (`str`, *optional*, defaults to `"pixels"`):
             Unit of the head's raw box deltas and scales. `"pixels"` is the paper's and the public code's; `"box"`
-            measures them in sides of the stage's input box, meant for little data. With "adamixer" it says so of the
-            scales only: its deltas are always relative to the size of the box.
+            measures them in sides of the stage's input box, meant for little data, and starts with deltas of 0. With
+            "adamixer" it says so of the scales only: its deltas are always relative to the size of the box.
         box_delta_factor (`float`, *optional*, defaults to 0.5):
             With `box_delta_unit="box"`: mu = box + delta * factor * side.
         box_scale_factor (`float`, *optional*, defaults to 0.1):
@@ -116,6 +120,9 @@ class DrmmConfig(PreTrainedConfig):
             Select after the last stage too, as the public code does; the paper selects between stages only.
         mcm_weight (`float`, *optional*, defaults to 0.5):
             Weight beta of the maximum-component-maximisation term.
+        mcm_stages (`str`, *optional*, defaults to `"all"`):
+            Stages that have the maximum-component-maximisation term. `"all"` is the paper's; with `"last"` the others
+            may find an object several times, and more of their components learn from it. Meant for little data.
         mcm_stop_gradient (`list[str]`, *optional*, defaults to `["F"]`):
             Factors of the MCM likelihood that pass no gradient: any of "pi", "F", "P" (Table 7).
         min_scale_ratio (`float`, *optional*, defaults to 0.04):
@@ -210,6 +217,7 @@ class DrmmConfig(PreTrainedConfig):
     num_mixing_points: int = 128
     proposal_grid: list[int] | tuple[int, ...] | None = (15, 20)
     proposal_size: float | int = 0.5
+    shared_query_features: bool = False
     roi_size: int = 7
     roi_sampling_ratio: int = 2
     roi_level_base: float | int = 56
@@ -223,6 +231,7 @@ class DrmmConfig(PreTrainedConfig):
     top_k_last_stage: bool = True
 
     mcm_weight: float | int = 0.5
+    mcm_stages: Literal["all", "last"] = "all"
     mcm_stop_gradient: list[str] | tuple[str, ...] = ("F",)
     min_scale_ratio: float | int = 0.04
     likelihood_epsilon: float | int = 1e-12
@@ -394,6 +403,9 @@ class DrmmConfig(PreTrainedConfig):
                 self.proposal_grid,
                 f"be [rows, columns] whose product is num_queries={self.num_queries}",
             )
+        elif self.shared_query_features:
+            rule = "be False without proposal_grid: queries of one feature and one box would stay the same"
+            _require(False, "shared_query_features", True, rule)
         if self.decoder_type == "adamixer":
             _require(
                 self.overlap_attention,

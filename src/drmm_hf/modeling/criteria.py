@@ -579,8 +579,8 @@ def reduce_terms(terms: Mapping[str, Tensor], targets: Targets, config) -> tuple
         terms (`Mapping[str, torch.Tensor]`): by name, of shape `(S, B, ...)`, without weights. The names of the
             criteria here have their weights and divisors; one of another name weighs 1 and is divided by B.
         targets (`Targets`): ground truths that the criterion was given.
-        config (`DrmmConfig`): reads `loss_weight`, the fields of `TERM_WEIGHTS` and, with a "class" term,
-            `num_ground_truth_copies`.
+        config (`DrmmConfig`): reads `loss_weight`, the fields of `TERM_WEIGHTS`, `mcm_stages` and, with a "class"
+            term, `num_ground_truth_copies`.
 
     Returns:
         `tuple`: the loss, `loss_weight` times the weighted sum over terms and stages, and its parts by name,
@@ -595,7 +595,8 @@ def reduce_terms(terms: Mapping[str, Tensor], targets: Targets, config) -> tuple
     for name, term in terms.items():
         per_stage = term.flatten(1).sum(dim=1) / (num_matched if name in MATCHED_TERMS else term.shape[1])
         weight = getattr(config, TERM_WEIGHTS[name]) if name in TERM_WEIGHTS else 1.0
-        loss = loss + weight * per_stage.sum()
+        counted = per_stage[-1:] if name == "mcm" and config.mcm_stages == "last" else per_stage
+        loss = loss + weight * counted.sum()
         parts |= {f"{name}.stage{index}": value for index, value in enumerate(per_stage.detach().unbind())}
     return config.loss_weight * loss, parts
 

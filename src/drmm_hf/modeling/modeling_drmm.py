@@ -173,7 +173,11 @@ class DrmmPreTrainedModel(PublishedWithCode, PreTrainedModel):
         elif isinstance(module, DrmmQueries):
             boxes = initial_query_boxes(module.num_queries, module.grid, module.size)
             init.copy_(module.boxes, boxes.repeat(module.num_groups, 1))
-            init.normal_(module.features)
+            if self.config.shared_query_features:
+                shared = module.features.new_empty(module.num_groups, self.config.hidden_size).normal_()
+                init.copy_(module.features, shared.repeat_interleave(module.num_queries, dim=0))
+            else:
+                init.normal_(module.features)
         elif isinstance(module, BoxHead):
             self._init_linears(module.class_branch, module.box_branch)
             init.xavier_uniform_(module.classifier.weight)
@@ -191,8 +195,8 @@ class DrmmPreTrainedModel(PublishedWithCode, PreTrainedModel):
                 for layer in pair:
                     init.uniform_(layer.weight, -bound, bound)
                     init.zeros_(layer.bias)
-            if self.config.decoder_type == "adamixer":  # its refinement starts at the input box
-                init.zeros_(module.box_delta.weight)
+            if self.config.decoder_type == "adamixer" or self.config.box_delta_unit == "box":
+                init.zeros_(module.box_delta.weight)  # refinement starts at the input box
         elif isinstance(module, (FeedForward, DynamicConv)):
             self._init_linears(module)
         elif isinstance(module, DrmmSelfAttention):
