@@ -234,6 +234,7 @@ def few(facts: Mapping[str, int], edge: int | None = None, minutes: float | None
         "num_queries": queries,
         "proposal_grid": GRIDS[queries],
         "proposal_size": 0.25,
+        "shared_query_features": True,
         "num_stages": 4,
         "hidden_size": 128,
         "num_attention_heads": 8,
@@ -243,6 +244,7 @@ def few(facts: Mapping[str, int], edge: int | None = None, minutes: float | None
         "box_delta_unit": "box",
         "overlap_attention": True,
         "mcm_weight": 2.0,
+        "mcm_stages": "last",
         "likelihood_epsilon": 0,
     }
     training = {
