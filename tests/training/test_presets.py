@@ -81,6 +81,8 @@ def test_minutes_on_a_cpu_have_smaller_pictures(minutes, edge):
     assert any("smaller pictures are seen more often" in note for note in notes) == (edge < 480)
     assert few({**FACTS, "shortest_edge": 200}, minutes=minutes)["data"]["shortest_edge"] == 192
     assert few(FACTS, 320, minutes)["data"]["shortest_edge"] == 320
+    training = few(FACTS, minutes=minutes)["training"]
+    assert training["batch_size"] == training["learning_rate_batch_size"] == (4 if minutes else 8)
 
 
 def test_minutes_bound_the_input_and_the_warm_up_and_say_so(tmp_path, cpu, monkeypatch):

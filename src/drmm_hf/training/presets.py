@@ -212,6 +212,7 @@ def few(facts: Mapping[str, int], edge: int | None = None, minutes: float | None
     affordable = near if minutes is None else _round(MEASURED_EDGE * max(1, minutes / MEASURED_MINUTES) ** 0.5, 16)
     edge = edge or min(near, affordable)
     num_images = facts["num_images"]
+    batch = 8 if minutes is None else 4  # a CPU is as fast with either, and what a short run needs is steps
     epochs = 300 if num_images <= 100 else 100 if num_images <= 500 else 60
     small = {
         "shortest_edge": edge,
@@ -249,14 +250,14 @@ def few(facts: Mapping[str, int], edge: int | None = None, minutes: float | None
     }
     training = {
         "backbone_weights": "timm/tf_efficientnet_lite0.in1k",
-        "batch_size": 8,
+        "batch_size": batch,
         "epochs": epochs,
         "schedule": "cosine",
         "final_factor": 0.01,
         "warmup_steps": 100,
         "ema_decay": 0.998,
         "learning_rate": 1.0e-3,
-        "learning_rate_batch_size": 8,
+        "learning_rate_batch_size": batch,
         "backbone_lr_factor": 0.25,
         "weight_decay": 1.0e-4,
         "evaluate_every": max(1, epochs // 20),
