@@ -61,7 +61,7 @@ notebooks: .venv/docs  ## execute copies of the notebooks in build/notebooks: 3 
 browser: .venv/browser  ## the demo in headless Chromium, which must be installed with its driver
 	$(BIN)/python -m pytest tests/demo tests/browser
 
-bench: install  ## measure again all that docs/performance.md shows: an hour on one core
+bench: install  ## measure again all that docs/performance.md shows: an hour, on a machine that is free
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/measure_page.py docs/performance.md
 
 clean:
