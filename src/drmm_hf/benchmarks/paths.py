@@ -133,8 +133,8 @@ def training_paths_of(model: DrmmForObjectDetection, mixed_precision: str) -> di
     if config.head_type != "mixture" or config.coordinate_distribution != "cauchy":
         absent.add("loss without a matrix")
     if mixed_precision == "no":
-        absent.add("channels last")
-    if mixed_precision == "no" or not _depthwise_convolutions(model):
+        absent |= {"channels last", "depthwise in float32"}
+    elif not _depthwise_convolutions(model):
         absent.add("depthwise in float32")
     paths = [name for name in OF_TRAINING if name not in absent]
     return {**{name: (name,) for name in paths}, "all of these": tuple(paths)}

@@ -403,9 +403,12 @@ class DrmmConfig(PreTrainedConfig):
                 self.proposal_grid,
                 f"be [rows, columns] whose product is num_queries={self.num_queries}",
             )
-        elif self.shared_query_features:
-            rule = "be False without proposal_grid: queries of one feature and one box would stay the same"
-            _require(False, "shared_query_features", True, rule)
+        _require(
+            self.proposal_grid is not None or not self.shared_query_features,
+            "shared_query_features",
+            self.shared_query_features,
+            "be False without proposal_grid: queries of one feature and one box would stay the same",
+        )
         if self.decoder_type == "adamixer":
             _require(
                 self.overlap_attention,

@@ -212,7 +212,7 @@ def few(facts: Mapping[str, int], edge: int | None = None, minutes: float | None
     affordable = near if minutes is None else _round(MEASURED_EDGE * max(1, minutes / MEASURED_MINUTES) ** 0.5, 16)
     edge = edge or min(near, affordable)
     num_images = facts["num_images"]
-    batch = 8 if minutes is None else 4  # a CPU is as fast with either, and what a short run needs is steps
+    batch = 8 if minutes is None else 4  # a CPU is about as fast with either, and a short run needs steps
     epochs = 300 if num_images <= 100 else 100 if num_images <= 500 else 60
     small = {
         "shortest_edge": edge,
